@@ -34,7 +34,7 @@ class ProtocolError(MeshError):
 
 
 class InvalidIdentity(MeshError):
-    """A certificate or SPIFFE ID is not a valid identity for this use; the connection closes before any byte is used."""
+    """A certificate or SPIFFE ID is no valid identity for this use; the connection closes before any byte is used."""
 
 
 class Unreachable(MeshError):
