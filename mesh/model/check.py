@@ -15,7 +15,7 @@ SERVICE_MAINTENANCE_PREFIX = "_service_maintenance:"
 
 
 class CheckDefinition(msgspec.Struct, frozen=True):
-    """How an agent runs a check. Exactly one of `http`, `tcp`, `ttl_s`, `alias_*` decides the type. Times in seconds."""
+    """How an agent runs a check. Exactly one of `http`, `tcp`, `ttl_s`, `alias_*` decides the type. Times: seconds."""
 
     name: str = ""
     check_id: str = ""

@@ -15,7 +15,7 @@ from mesh.wire import Codec
 
 
 class Register(msgspec.Struct, frozen=True, tag=True):
-    """Upserts a node and, with it, a service and any number of checks. `skip_node_update`: keep an existing node row."""
+    """Upserts a node and, with it, a service and checks. `skip_node_update`: keep its row if there is one."""
 
     node: Node
     service: Service | None = None

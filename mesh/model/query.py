@@ -1,7 +1,7 @@
 """Every read of the replicated state, as a value: run locally on a server, or sent to one as it stands."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Generic, Literal, TypeVar, cast
 
 import msgspec
 
@@ -13,22 +13,28 @@ from mesh.model.intention import Intention
 from mesh.model.kv import KvEntry
 from mesh.wire import Codec
 
+AnswerT = TypeVar("AnswerT")
+
 Consistency = Literal["default", "consistent", "stale"]
 
 
-class ListNodes(msgspec.Struct, frozen=True, tag=True):
+class Asks(msgspec.Struct, Generic[AnswerT], frozen=True):
+    """A query that answers an AnswerT."""
+
+
+class ListNodes(Asks[tuple[Node, ...]], frozen=True, tag=True):
     """-> tuple[Node, ...], by name; only nodes with all of `meta`."""
 
     meta: dict[str, str] = {}
 
 
-class ListServices(msgspec.Struct, frozen=True, tag=True):
+class ListServices(Asks[dict[str, tuple[str, ...]]], frozen=True, tag=True):
     """-> dict[str, tuple[str, ...]]: service name -> union of its instances' tags, sorted."""
 
     node_meta: dict[str, str] = {}
 
 
-class ListServiceNodes(msgspec.Struct, frozen=True, tag=True):
+class ListServiceNodes(Asks[tuple[ServiceNode, ...]], frozen=True, tag=True):
     """-> tuple[ServiceNode, ...]. `connect`: instances that speak mTLS for the service (sidecars and native ones)."""
 
     service: str
@@ -37,33 +43,33 @@ class ListServiceNodes(msgspec.Struct, frozen=True, tag=True):
     connect: bool = False
 
 
-class GetNodeServices(msgspec.Struct, frozen=True, tag=True):
+class GetNodeServices(Asks[NodeServices | None], frozen=True, tag=True):
     """-> NodeServices | None."""
 
     node: str
 
 
-class ListNodeChecks(msgspec.Struct, frozen=True, tag=True):
+class ListNodeChecks(Asks[tuple[Check, ...]], frozen=True, tag=True):
     """-> tuple[Check, ...]."""
 
     node: str
 
 
-class ListServiceChecks(msgspec.Struct, frozen=True, tag=True):
+class ListServiceChecks(Asks[tuple[Check, ...]], frozen=True, tag=True):
     """-> tuple[Check, ...] of every instance of the service."""
 
     service: str
     node_meta: dict[str, str] = {}
 
 
-class ListChecksInState(msgspec.Struct, frozen=True, tag=True):
+class ListChecksInState(Asks[tuple[Check, ...]], frozen=True, tag=True):
     """-> tuple[Check, ...]."""
 
     state: CheckStatus | Literal["any"]
     node_meta: dict[str, str] = {}
 
 
-class ListServiceHealth(msgspec.Struct, frozen=True, tag=True):
+class ListServiceHealth(Asks[tuple[ServiceHealth, ...]], frozen=True, tag=True):
     """-> tuple[ServiceHealth, ...], by node, then service ID. `passing_only` drops those with any check not passing."""
 
     service: str
@@ -73,57 +79,57 @@ class ListServiceHealth(msgspec.Struct, frozen=True, tag=True):
     connect: bool = False
 
 
-class GetKv(msgspec.Struct, frozen=True, tag=True):
+class GetKv(Asks[KvEntry | None], frozen=True, tag=True):
     """-> KvEntry | None."""
 
     key: str
 
 
-class ListKv(msgspec.Struct, frozen=True, tag=True):
+class ListKv(Asks[tuple[KvEntry, ...]], frozen=True, tag=True):
     """-> tuple[KvEntry, ...] under the prefix, by key."""
 
     prefix: str
 
 
-class ListKvKeys(msgspec.Struct, frozen=True, tag=True):
+class ListKvKeys(Asks[tuple[str, ...]], frozen=True, tag=True):
     """-> tuple[str, ...]; with a separator, each key is cut after its first separator past the prefix, once."""
 
     prefix: str
     separator: str = ""
 
 
-class ListIntentions(msgspec.Struct, frozen=True, tag=True):
+class ListIntentions(Asks[tuple[Intention, ...]], frozen=True, tag=True):
     """-> tuple[Intention, ...], by precedence descending, then destination, then source."""
 
 
-class GetIntention(msgspec.Struct, frozen=True, tag=True):
+class GetIntention(Asks[Intention | None], frozen=True, tag=True):
     """-> Intention | None."""
 
     source: str
     destination: str
 
 
-class MatchIntentions(msgspec.Struct, frozen=True, tag=True):
-    """-> tuple[Intention, ...] that bear on `name` as source or destination (wildcards too), highest precedence first."""
+class MatchIntentions(Asks[tuple[Intention, ...]], frozen=True, tag=True):
+    """-> tuple[Intention, ...] that bear on `name` as source or destination, wildcards too; highest first."""
 
     by: Literal["source", "destination"]
     name: str
 
 
-class GetConfigEntry(msgspec.Struct, frozen=True, tag=True):
+class GetConfigEntry(Asks[ConfigEntry | None], frozen=True, tag=True):
     """-> ConfigEntry | None."""
 
     kind: str
     name: str
 
 
-class ListConfigEntries(msgspec.Struct, frozen=True, tag=True):
+class ListConfigEntries(Asks[tuple[ConfigEntry, ...]], frozen=True, tag=True):
     """-> tuple[ConfigEntry, ...], by name."""
 
     kind: str
 
 
-class GetCaRoots(msgspec.Struct, frozen=True, tag=True):
+class GetCaRoots(Asks[CaRoots], frozen=True, tag=True):
     """-> CaRoots, without private keys."""
 
 
@@ -149,8 +155,7 @@ Query = (
 
 QUERY_CODEC: Codec[Query] = Codec(Query)
 
-# What each query answers: a client decodes the server's bytes with the codec of the query it sent.
-ANSWER_CODECS: dict[type[Query], Codec[object]] = {
+_ANSWER_CODECS: dict[type[object], Codec[object]] = {
     ListNodes: Codec(tuple[Node, ...]),
     ListServices: Codec(dict[str, tuple[str, ...]]),
     ListServiceNodes: Codec(tuple[ServiceNode, ...]),
@@ -171,8 +176,13 @@ ANSWER_CODECS: dict[type[Query], Codec[object]] = {
 }
 
 
+def answer_codec(query: Asks[AnswerT]) -> Codec[AnswerT]:
+    """The codec of what the query answers: a server encodes with it, the client that asked decodes."""
+    return cast(Codec[AnswerT], _ANSWER_CODECS[type(query)])
+
+
 class ReadOptions(msgspec.Struct, frozen=True):
-    """How to read. `min_index` > 0 blocks until the answer's index exceeds it, for `wait_s` plus the server's jitter."""
+    """How to read. `min_index` > 0 blocks until the answer's index exceeds it, for `wait_s` plus server jitter."""
 
     min_index: int = 0
     wait_s: float = 300.0
@@ -186,6 +196,13 @@ class ReadMeta(msgspec.Struct, frozen=True):
     index: int
     known_leader: bool = True
     last_contact_s: float = 0.0
+
+
+class Answer(msgspec.Struct, Generic[AnswerT], frozen=True):
+    """What a read gives: the value, and how fresh it is."""
+
+    value: AnswerT
+    meta: ReadMeta
 
 
 def tag_filter(tags: Sequence[str], wanted: Sequence[str]) -> bool:
