@@ -1,0 +1,120 @@
+"""What an agent and its worker say to each other over the worker's unix socket (mode 0600).
+
+Frames: a 4-byte big-endian length, then one msgpack message. The agent sends requests, the worker answers each one in
+order with exactly one reply. The newest connection wins: the worker closes an older one. A worker keeps serving its
+last configuration when its agent goes away.
+
+| request | reply |
+|---|---|
+| `Configure(config)` | `Ack(version)`, or `Nack(version, error)`: the previous configuration stays in force |
+| `Ping()` | `Pong(...)` |
+| `Stats()` | `StatsReply(prometheus, counters)` |
+| `Drain(deadline_s)` | `Ack(version)`, then it stops accepting, finishes what is open, and exits |
+"""
+
+import struct
+
+import msgspec
+import trio
+
+from mesh.errors import ProtocolError, Unreachable
+from mesh.proxy.sidecar_config import WorkerConfig
+from mesh.wire import WIRE_BYTES_MAX, Codec
+
+_LENGTH = struct.Struct(">I")
+
+
+class Configure(msgspec.Struct, frozen=True, tag=True):
+    """Serve this from now on."""
+
+    config: WorkerConfig
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Are you there, and what are you serving?"""
+
+
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    """Give me your counters."""
+
+
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """Stop accepting; exit when the last exchange is done, or after `deadline_s` at the latest."""
+
+    deadline_s: float = 10.0
+
+
+class Ack(msgspec.Struct, frozen=True, tag=True):
+    """The configuration of this version is in force."""
+
+    version: int
+
+
+class Nack(msgspec.Struct, frozen=True, tag=True):
+    """The configuration of this version was refused; the one before stays in force."""
+
+    version: int
+    error: str
+
+
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    """Who answers. `config_version` is -1 before the first configuration."""
+
+    pid: int
+    uptime_s: float
+    config_version: int
+    package_version: str
+    draining: bool = False
+
+
+class StatsReply(msgspec.Struct, frozen=True, tag=True):
+    """Prometheus text, and the same counters by name (labels folded in) for programs."""
+
+    prometheus: str
+    counters: dict[str, float]
+
+
+Request = Configure | Ping | Stats | Drain
+Reply = Ack | Nack | Pong | StatsReply
+
+REQUESTS: Codec[Request] = Codec(Request)
+REPLIES: Codec[Reply] = Codec(Reply)
+
+
+def frame(message: Request | Reply) -> bytes:
+    """The bytes of one message with its length. Raises LimitExceeded when it is larger than the wire limit."""
+    data = REQUESTS.encode(message) if isinstance(message, Request) else REPLIES.encode(message)
+    return _LENGTH.pack(len(data)) + data
+
+
+class FrameReader:
+    """Reads frames from a stream. One reader task at a time."""
+
+    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
+        self._stream = stream
+        self._buffer = bytearray()
+
+    async def _fill(self, count: int) -> bool:
+        while len(self._buffer) < count:
+            try:
+                data = await self._stream.receive_some(65536)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise Unreachable(f"the control connection broke: {error}") from error
+            if not data:
+                if self._buffer:
+                    raise ProtocolError("the control connection ended in the middle of a frame")
+                return False
+            self._buffer += data
+        return True
+
+    async def read(self) -> bytes | None:
+        """The next frame's payload, or None at the end. Raises ProtocolError, or Unreachable when it breaks."""
+        if not await self._fill(_LENGTH.size):
+            return None
+        (length,) = _LENGTH.unpack_from(self._buffer)
+        if length > WIRE_BYTES_MAX:
+            raise ProtocolError(f"a control frame of {length} bytes is larger than the limit of {WIRE_BYTES_MAX}")
+        await self._fill(_LENGTH.size + length)
+        data = bytes(memoryview(self._buffer)[_LENGTH.size : _LENGTH.size + length])
+        del self._buffer[: _LENGTH.size + length]
+        return data

@@ -1,0 +1,1 @@
+"""What a proxy decides, without a socket: configuration, balancing, pooling, retries, limits, exchanges."""

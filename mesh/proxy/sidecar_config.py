@@ -1,0 +1,180 @@
+"""The one immutable value between control and data: everything a data plane needs, and nothing else.
+
+An agent renders a `WorkerConfig` from its catalog, intentions and leaves, and hands it to the worker (msgpack, see
+`agent/dataplane/control.py`). The worker swaps its tables in one step. A second data plane would be a second renderer
+of the same value. Times are float seconds; names are as in the catalog.
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from mesh.errors import ConfigError
+
+SidecarProtocol = Literal["tcp", "http"]
+
+CONNECT_TIMEOUT_S = 5.0  # Envoy's and Consul's default, TLS handshake included
+REQUEST_TIMEOUT_S = 15.0  # Envoy's route timeout: from the end of the request to the end of the response; 0 = none
+IDLE_TIMEOUT_S = 300.0  # no byte either way on an active exchange, Envoy's stream idle timeout
+CONNECTIONS_MAX = 1024  # Envoy's circuit breaker defaults, per endpoint here
+PENDING_REQUESTS_MAX = 1024
+REQUESTS_MAX = 1024
+SIDECARS_MAX = 4096
+ENDPOINTS_MAX = 65536
+
+
+class L4Rule(msgspec.Struct, frozen=True):
+    """One intention as the callee's sidecar needs it: `source` is a service name or `*`."""
+
+    source: str
+    action: Literal["allow", "deny"]
+
+
+class EndpointConfig(msgspec.Struct, frozen=True):
+    """One address of a target. `id` is unique within the target and stable across updates (node/service id)."""
+
+    id: str
+    address: str
+    port: int
+    weight: int = 1
+
+
+class LimitsConfig(msgspec.Struct, frozen=True):
+    """Circuit breakers, counted per endpoint (connections) and per target (pending, requests)."""
+
+    connections_max: int = CONNECTIONS_MAX
+    pending_requests_max: int = PENDING_REQUESTS_MAX
+    requests_max: int = REQUESTS_MAX
+
+
+class TargetConfig(msgspec.Struct, frozen=True):
+    """Where an upstream resolves. `endpoints` holds passing instances only, addressed at their sidecars.
+
+    A server is accepted only when its SPIFFE ID is one of `expected_spiffe_ids`. `name` is the service's name.
+    """
+
+    name: str
+    expected_spiffe_ids: tuple[str, ...]
+    endpoints: tuple[EndpointConfig, ...] = ()
+    datacenter: str = ""
+    sni: str = ""
+    connect_timeout_s: float = CONNECT_TIMEOUT_S
+    request_timeout_s: float = REQUEST_TIMEOUT_S
+    limits: LimitsConfig = LimitsConfig()
+
+
+class InboundListener(msgspec.Struct, frozen=True):
+    """The public, mTLS side of a sidecar: who may come in, and the local application behind it.
+
+    `intentions` are the rules whose destination is this service, highest precedence first: the first whose source is
+    the caller's service or `*` decides; without one `default_allow` does.
+    """
+
+    bind_address: str
+    bind_port: int
+    local_address: str
+    local_port: int
+    protocol: SidecarProtocol = "tcp"
+    intentions: tuple[L4Rule, ...] = ()
+    default_allow: bool = False
+    connect_timeout_s: float = CONNECT_TIMEOUT_S
+    request_timeout_s: float = 0.0  # the caller's sidecar bounds it
+    connections_max: int = 8192
+
+
+class OutboundListener(msgspec.Struct, frozen=True):
+    """A plain listener on the application's side: what connects here reaches `target`."""
+
+    bind_address: str
+    bind_port: int
+    target: TargetConfig
+    protocol: SidecarProtocol = "tcp"
+    connections_max: int = 8192
+
+
+class AccessLogConfig(msgspec.Struct, frozen=True):
+    """Where access log lines (Envoy's default format) go: a path, `/dev/stdout`, or empty for none."""
+
+    path: str = ""
+
+
+class SidecarConfig(msgspec.Struct, frozen=True):
+    """One service instance's proxy. PEM texts; the private key never leaves memory and the control socket."""
+
+    proxy_id: str
+    service: str
+    datacenter: str
+    trust_domain: str
+    spiffe_id: str
+    certificate_chain_pem: str
+    private_key_pem: str
+    trust_roots_pem: tuple[str, ...]
+    inbound: InboundListener | None = None
+    outbound: tuple[OutboundListener, ...] = ()
+    access_log: AccessLogConfig = AccessLogConfig()
+
+
+class WorkerConfig(msgspec.Struct, frozen=True):
+    """Everything one worker serves. `version` grows with each change; the worker answers it in its ACK or NACK."""
+
+    version: int
+    sidecars: tuple[SidecarConfig, ...] = ()
+    tracing_endpoint: str = ""  # OTLP/HTTP base URL; empty: spans are not exported
+    trace_sampling: float = 0.0  # share of requests without a traceparent that start a sampled trace
+
+    def __repr__(self) -> str:
+        """Without keys: this value ends up in logs and assertion messages."""
+        return f"WorkerConfig(version={self.version}, sidecars={[sidecar.proxy_id for sidecar in self.sidecars]})"
+
+
+def _check_address(where: str, address: str, port: int) -> None:
+    if not address or any(character.isspace() for character in address):
+        raise ConfigError(f"{where}: {address!r} is not an address")
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"{where}: port {port} is outside 1 to 65535")
+
+
+def _check_unique(where: str, names: Iterable[object]) -> None:
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise ConfigError(f"{where}: {name} appears twice")
+        seen.add(name)
+
+
+def _check_sidecar(sidecar: SidecarConfig) -> None:
+    where = f"sidecar {sidecar.proxy_id}"
+    if not sidecar.certificate_chain_pem or not sidecar.private_key_pem or not sidecar.trust_roots_pem:
+        raise ConfigError(f"{where}: it has no certificate, key or trust roots")
+    if sidecar.inbound is not None:
+        _check_address(f"{where}, inbound", sidecar.inbound.bind_address, sidecar.inbound.bind_port)
+        _check_address(f"{where}, local application", sidecar.inbound.local_address, sidecar.inbound.local_port)
+    for listener in sidecar.outbound:
+        outbound = f"{where}, outbound to {listener.target.name}"
+        _check_address(outbound, listener.bind_address, listener.bind_port)
+        if not listener.target.expected_spiffe_ids:
+            raise ConfigError(f"{outbound}: no SPIFFE ID is expected, so no server could be accepted")
+        if len(listener.target.endpoints) > ENDPOINTS_MAX:
+            raise ConfigError(f"{outbound}: more than {ENDPOINTS_MAX} endpoints")
+        _check_unique(f"{outbound}, endpoint id", (endpoint.id for endpoint in listener.target.endpoints))
+        for endpoint in listener.target.endpoints:
+            _check_address(f"{outbound}, endpoint {endpoint.id}", endpoint.address, endpoint.port)
+            if endpoint.weight < 1:
+                raise ConfigError(f"{outbound}, endpoint {endpoint.id}: weight {endpoint.weight} is below 1")
+
+
+def check(config: WorkerConfig) -> None:
+    """Raises ConfigError, naming the sidecar and field, when a worker could not serve this configuration."""
+    if len(config.sidecars) > SIDECARS_MAX:
+        raise ConfigError(f"{len(config.sidecars)} sidecars are more than one worker's {SIDECARS_MAX}")
+    if not 0.0 <= config.trace_sampling <= 1.0:
+        raise ConfigError(f"trace_sampling {config.trace_sampling} is outside 0 to 1")
+    _check_unique("sidecars, proxy id", (sidecar.proxy_id for sidecar in config.sidecars))
+    binds: list[tuple[str, int]] = []
+    for sidecar in config.sidecars:
+        _check_sidecar(sidecar)
+        if sidecar.inbound is not None:
+            binds.append((sidecar.inbound.bind_address, sidecar.inbound.bind_port))
+        binds.extend((listener.bind_address, listener.bind_port) for listener in sidecar.outbound)
+    _check_unique("listeners, address and port", binds)
