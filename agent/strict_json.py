@@ -124,7 +124,7 @@ def parse_duration_s(value: object) -> float:
     """Seconds of a duration as JSON carries it: a Go duration text, or integer nanoseconds. Raises MalformedJson."""
     if isinstance(value, str):
         return parse_duration_ns(value) / 1e9 if value else 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if not _is_whole(value):
         raise MalformedJson(f'a duration is a text such as "10s" or integer nanoseconds, not {_kind(value)}')
     if abs(value) > _DURATION_NS_MAX:
         raise MalformedJson(f"time: invalid duration {value}")
