@@ -70,7 +70,7 @@ class Api:
         except httpx.ConnectError as error:
             self.fail(
                 f"cannot connect to the agent at {self._shown}: {_reason(error)}.\n"
-                "Is one running there? `mesh agent -dev` starts one; -http-addr and MESH_HTTP_ADDR name another address."
+                "Is one running there? `mesh agent -dev` starts one; -http-addr or MESH_HTTP_ADDR name another."
             )
         except httpx.TimeoutException:
             self.fail(

@@ -1,5 +1,6 @@
 """Flags as Go programs read them: `-flag` and `--flag` alike, `-flag=value`, `-switch=false`, arguments after flags."""
 
+import difflib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ class GoCommand(click.Command):
         super().__init__(*args, **{"context_settings": settings, **kwargs})  # type: ignore[arg-type]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _normalise(args, self.get_params(ctx)))
+        return super().parse_args(ctx, _normalise(ctx, args, self.get_params(ctx)))
 
 
 class GoGroup(click.Group):
@@ -34,7 +35,7 @@ class GoGroup(click.Group):
         super().__init__(*args, **{"context_settings": settings, **kwargs})  # type: ignore[arg-type]
 
 
-def _normalise(args: list[str], params: list[click.Parameter]) -> list[str]:
+def _normalise(ctx: click.Context, args: list[str], params: list[click.Parameter]) -> list[str]:
     """One dash before every flag, boolean flags without a value; everything from the first argument on untouched."""
     options = {name: param for param in params if isinstance(param, click.Option) for name in param.opts}
     rest = list(args)
@@ -44,14 +45,17 @@ def _normalise(args: list[str], params: list[click.Parameter]) -> list[str]:
         if name.startswith("--"):
             name = name[1:]
         option = options.get(name)
-        if option is not None and option.is_flag and equals:
+        if option is None:
+            close = difflib.get_close_matches(name, options, n=1)
+            ctx.fail(f"there is no flag {name}. {f'Did you mean {close[0]}?' if close else ''}".rstrip())
+        if option.is_flag and equals:
             if value.lower() not in _TRUE + _FALSE:
                 raise click.BadParameter(f"{value!r} is not true or false", param_hint=name)
             if value.lower() in _TRUE:
                 flags.append(name)
             continue
         flags.append(name + equals + value)
-        if option is not None and not option.is_flag and not equals and rest:
+        if not option.is_flag and not equals and rest:
             flags[-1] = f"{name}={rest.pop(0)}"
     return flags + rest
 
