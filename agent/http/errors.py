@@ -4,14 +4,17 @@ Consul answers 500 with the bare message for most of what a server refuses; its 
 """
 
 from agent.http.request import ApiResponse, text_response
+from agent.strict_json import MalformedJson
 from mesh.errors import InvalidRequest, LimitExceeded, MeshError, NoLeader, NotFound, NotLeader
 
 NO_LEADER_TEXT = "No cluster leader"
 
 
-def error_response(error: MeshError) -> ApiResponse:
-    """400 InvalidRequest, 404 NotFound, 429 LimitExceeded, 500 with Consul's text otherwise."""
+def error_response(error: MeshError | MalformedJson) -> ApiResponse:
+    """400 InvalidRequest and MalformedJson, 404 NotFound, 429 LimitExceeded, else 500 with Consul's text."""
     match error:
+        case MalformedJson():
+            return text_response(f"Request decode failed: {error}", status=400)
         case InvalidRequest():
             return text_response(str(error), status=400)
         case NotFound():

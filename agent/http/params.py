@@ -1,8 +1,8 @@
 """The query string: read once, in the spellings that Consul's clients use."""
 
-import re
 from urllib.parse import parse_qsl
 
+from agent.strict_json import MalformedJson, parse_duration_ns
 from mesh.errors import InvalidRequest
 from mesh.model.query import Consistency, ReadOptions
 
@@ -11,48 +11,19 @@ WAIT_S_MAX = 600.0  # max_query_time
 PARAMS_MAX = 256  # repeated node-meta and tag included
 
 _INDEX_MAX = 2**64 - 1
-_DURATION = re.compile(r"([+-]?)((?:(?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|μs|ms|s|m|h))+)", re.ASCII)
-_DURATION_TERM = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
-_UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_DURATION_CHARACTERS_MAX = 64
 _TRUE = frozenset(("1", "t", "T", "TRUE", "true", "True"))
 _FALSE = frozenset(("0", "f", "F", "FALSE", "false", "False"))
 
 
-def parse_duration_s(text: str) -> float:
-    """Seconds in a Go duration such as `1h30m`, `9.978s` or `-2ms`. Raises ValueError for anything else."""
-    if text in ("0", "+0", "-0"):
-        return 0.0
-    match = _DURATION.fullmatch(text) if len(text) <= _DURATION_CHARACTERS_MAX else None
-    if match is None:
-        raise ValueError(f"{text[:_DURATION_CHARACTERS_MAX]!r} is no duration such as 10s, 1m30s or 250ms")
-    total = sum(float(number) * _UNIT_S[unit] for number, unit in _DURATION_TERM.findall(match[2]))
-    return -total if match[1] == "-" else total
-
-
-def format_duration(duration_s: float) -> str:
-    """The shortest common Go spelling of a duration: `10s`, `1m30s`, `250ms`, `0s`."""
-    nanoseconds = round(duration_s * 1e9)
-    sign = "-" if nanoseconds < 0 else ""
-    nanoseconds = abs(nanoseconds)
-    if nanoseconds == 0:
-        return "0s"
-    if nanoseconds < 1_000_000_000:
-        for unit, size in (("ms", 1_000_000), ("µs", 1_000), ("ns", 1)):
-            if nanoseconds >= size:
-                return f"{sign}{_decimal(nanoseconds, size)}{unit}"
-    minutes, rest = divmod(nanoseconds, 60_000_000_000)
-    hours, minutes = divmod(minutes, 60)
-    seconds = f"{_decimal(rest, 1_000_000_000)}s"
-    if hours:
-        return f"{sign}{hours}h{minutes}m{seconds}"
-    return f"{sign}{minutes}m{seconds}" if minutes else f"{sign}{seconds}"
-
-
-def _decimal(amount: int, unit: int) -> str:
-    whole, rest = divmod(amount, unit)
-    digits = str(rest).rjust(len(str(unit)) - 1, "0").rstrip("0") if rest else ""
-    return f"{whole}.{digits}" if digits else str(whole)
+def _duration_s(text: str, invalid: str) -> float:
+    """Seconds, not negative. Raises InvalidRequest(invalid)."""
+    try:
+        duration_ns = parse_duration_ns(text)
+    except MalformedJson as error:
+        raise InvalidRequest(invalid) from error
+    if duration_ns < 0:
+        raise InvalidRequest(invalid)
+    return duration_ns / 1e9
 
 
 class Params:
@@ -116,12 +87,7 @@ class Params:
         text = self.get("wait")
         if text == "":
             return WAIT_S_DEFAULT
-        try:
-            wait_s = parse_duration_s(text)
-        except ValueError as error:
-            raise InvalidRequest("Invalid wait time") from error
-        if wait_s < 0:
-            raise InvalidRequest("Invalid wait time")
+        wait_s = _duration_s(text, "Invalid wait time")
         return min(wait_s, WAIT_S_MAX) if wait_s > 0 else WAIT_S_DEFAULT
 
     def index(self) -> int:
@@ -148,12 +114,7 @@ class Params:
         consistency = self.consistency()
         max_stale_s: float | None = None
         if self.get("max_stale"):
-            try:
-                max_stale_s = parse_duration_s(self.get("max_stale"))
-            except ValueError as error:
-                raise InvalidRequest("Invalid max_stale value") from error
-            if max_stale_s < 0:
-                raise InvalidRequest("Invalid max_stale value")
+            max_stale_s = _duration_s(self.get("max_stale"), "Invalid max_stale value")
             # A bound on staleness is a wish for a stale read, unless the leader's own answer was asked for.
             if consistency == "default" and not self.has("leader"):
                 consistency = "stale"

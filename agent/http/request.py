@@ -6,15 +6,15 @@ them into a status and Consul's bare text. The server adds what every response h
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal
 
-from agent.http.json_body import decode_json, encode_json
+import msgspec
+
 from agent.http.params import Params
+from agent.strict_json import decode
 from mesh.errors import InvalidRequest, Refused, Unreachable
 from mesh.model.command import CommandResult, Rejected
 from mesh.model.query import ReadMeta, ReadOptions
-
-T = TypeVar("T")
 
 Method = Literal["GET", "PUT", "POST", "DELETE"]
 
@@ -43,9 +43,9 @@ class ApiRequest:
             raise InvalidRequest(missing)
         return value
 
-    def json(self, shape: type[T]) -> T:
-        """The body as a msgspec type. Raises InvalidRequest with Consul's 400 text."""
-        return decode_json(self.body, shape)
+    def json(self) -> object:
+        """The body as strict JSON. Raises MalformedJson, which the server answers with Consul's 400 text."""
+        return decode(self.body)
 
     def read_options(self) -> ReadOptions:
         """index, wait and consistency. Raises InvalidRequest."""
@@ -86,7 +86,7 @@ class Route:
 
 def json_response(value: object, *, status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> ApiResponse:
     """The value (dicts, sequences, scalars, Structs) as JSON."""
-    return ApiResponse(status, encode_json(value), JSON_TYPE, headers)
+    return ApiResponse(status, msgspec.json.encode(value), JSON_TYPE, headers)
 
 
 def empty_response() -> ApiResponse:
