@@ -1,0 +1,416 @@
+"""`mesh demo`: the whole of the mesh on one machine, as real processes, in about half a minute."""
+
+import json
+import random
+import signal
+import socket
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import DEVNULL, STDOUT
+
+import click
+import httpx
+import trio
+from rich.console import Console
+from rich.table import Table
+
+from agent.cli.flags import GoCommand
+
+_SERVERS = ("server-1", "server-2", "server-3")
+_CLIENTS = ("client-1", "client-2")
+_READY_TIMEOUT_S = 60.0
+_POLL_S = 0.05
+_STOP_TIMEOUT_S = 12.0
+_REQUESTS_PER_S = 200
+_LOAD_TASKS = 8
+_LOAD_AFTER_FAILOVER_S = 2.0
+_FIRST_PORT, _LAST_PORT = 18500, 19500
+
+
+class DemoFailed(Exception):
+    """The demo could not show what it promises; the text says which step and why."""
+
+
+@dataclass
+class _Agent:
+    name: str
+    http_port: int
+    serf_port: int
+    process: trio.Process | None = None
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+
+@dataclass
+class _Load:
+    """What a steady stream of requests to `web` met."""
+
+    answers: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+
+class _Ports:
+    """Ports that nothing listens on, from a range of our own so that the demo's addresses are the same each time."""
+
+    def __init__(self) -> None:
+        self._next = _FIRST_PORT
+
+    def take(self) -> int:
+        while self._next < _LAST_PORT:
+            port, self._next = self._next, self._next + 1
+            if self._is_free(port):
+                return port
+        raise DemoFailed(f"every port from {_FIRST_PORT} to {_LAST_PORT} is in use")
+
+    @staticmethod
+    def _is_free(port: int) -> bool:
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+            with socket.socket(socket.AF_INET, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError:
+                    return False
+        return True
+
+
+class Demo:
+    """One run of the demo: owns the agents and applications it starts."""
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        self._folder = folder
+        self._console = console
+        self._ports = _Ports()
+        self._agents = {name: self._plan_agent(name) for name in (*_SERVERS, *_CLIENTS)}
+        self._apps: list[trio.Process] = []
+        self._http = httpx.AsyncClient(timeout=10.0, trust_env=False)
+        self._web_port = self._ports.take()
+        self._rng = random.Random(0)
+
+    def _plan_agent(self, name: str) -> _Agent:
+        return _Agent(name, self._ports.take(), self._ports.take())
+
+    # -- the story -------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Shows every step; raises DemoFailed at the first that does not hold."""
+        self._say("Starting three server agents and two client agents")
+        for agent in self._agents.values():
+            await self._start_agent(agent)
+        leader = await self._wait_for_leader(set(_SERVERS))
+        await self._wait("five members alive", self._all_alive)
+        await self._show_members(leader)
+
+        self._say("Starting the services web and api (api in two instances) and registering them over HTTP")
+        await self._start_services()
+        await self._wait("web reaching api through both sidecars", self._web_works)
+        answers = await self._send_requests(200)
+        self._note(f"200 requests web → sidecar → mTLS → sidecar → api: {_counted(answers)}")
+
+        await self._show_intention()
+        await self._show_failover(leader)
+
+    async def _start_services(self) -> None:
+        upstream_port = self._ports.take()
+        for number, client in enumerate(_CLIENTS, start=1):
+            port = self._ports.take()
+            await self._start_app(f"api-{number}", port)
+            await self._register(client, _service("api", f"api-{number}", port, {}))
+        await self._start_app("web", self._web_port, f"http://127.0.0.1:{upstream_port}")
+        upstream = {"destination_name": "api", "local_bind_port": upstream_port}
+        await self._register("client-1", _service("web", "web", self._web_port, {"upstreams": [upstream]}))
+        # The sidecars carry HTTP, so that a refusal can be told to the caller as one.
+        for name in ("web", "api"):
+            entry = {"Kind": "service-defaults", "Name": name, "Protocol": "http"}
+            await self._put("client-1", "/v1/config", body=entry)
+
+    async def _show_intention(self) -> None:
+        self._say("Denying web → api with an intention")
+        params = {"source": "web", "destination": "api"}
+        path = "/v1/connect/intentions/exact"
+        await self._put("server-1", path, params, {"SourceType": "consul", "Action": "deny"})
+        start = trio.current_time()
+        await self._wait("the refusal", self._web_refused)
+        status, text = await self._ask_web()
+        self._note(f"refused after {_milliseconds(start)}: api's sidecar answered {status} {text!r}")
+        self._say("Removing the intention")
+        await self._http.delete(self._agents["server-1"].address + path, params=params)
+        start = trio.current_time()
+        await self._wait("web reaching api again", self._web_works)
+        self._note(f"allowed again after {_milliseconds(start)}")
+
+    async def _show_failover(self, leader: str) -> None:
+        self._say(f"Killing the leader, {leader}, with SIGKILL while {_REQUESTS_PER_S} requests a second run")
+        load = _Load()
+        async with trio.open_nursery() as nursery:
+            for _ in range(_LOAD_TASKS):
+                nursery.start_soon(self._load, load)
+            await trio.sleep(1.0)
+            victim = self._agents[leader].process
+            assert victim is not None
+            victim.kill()
+            await victim.wait()
+            self._agents[leader].process = None
+            start = trio.current_time()
+            new_leader = await self._wait_for_leader(set(_SERVERS) - {leader})
+            self._note(f"new leader after {_milliseconds(start)}: {new_leader}")
+            await self._wait("writes working again", lambda: self._can_write(new_leader))
+            self._note(f"writes work again after {_milliseconds(start)}")
+            await trio.sleep(_LOAD_AFTER_FAILOVER_S)
+            nursery.cancel_scope.cancel()
+        total = load.answers.total() + len(load.failures)
+        self._note(f"requests meanwhile: {total}, failed: {len(load.failures)}")
+        if load.failures:
+            raise DemoFailed(
+                f"{len(load.failures)} requests failed while the leader changed; first: {load.failures[0]}"
+            )
+
+    # -- pieces ----------------------------------------------------------------------------------------------------
+
+    async def _start_agent(self, agent: _Agent) -> None:
+        is_server = agent.name in _SERVERS
+        sidecar_port = self._ports.take()
+        for _ in range(3):
+            self._ports.take()
+        config: dict[str, object] = {
+            "node_name": agent.name,
+            "data_dir": str(self._folder / agent.name),
+            "bind_addr": "127.0.0.1",
+            "log_level": "INFO",
+            "retry_join": [f"127.0.0.1:{self._agents[_SERVERS[0]].serf_port}"],
+            "retry_interval": "1s",
+            "ports": {
+                "http": agent.http_port,
+                "serf_lan": agent.serf_port,
+                "serf_wan": -1,
+                "server": self._ports.take(),
+                "dns": -1,
+                "sidecar_min_port": sidecar_port,
+                "sidecar_max_port": sidecar_port + 3,
+            },
+        }
+        if is_server:
+            config |= {"server": True, "bootstrap_expect": len(_SERVERS)}
+        path = self._folder / f"{agent.name}.json"
+        path.write_text(json.dumps(config, indent=2))
+        agent.process = await self._spawn(agent.name, ["-m", "agent", "agent", "-config-file", str(path)])
+
+    async def _start_app(self, name: str, port: int, *upstream: str) -> None:
+        self._apps.append(await self._spawn(name, ["-m", "agent.cli.demo_app", name, str(port), *upstream]))
+
+    async def _spawn(self, name: str, arguments: list[str]) -> trio.Process:
+        # A session of its own: Ctrl-C must reach the demo alone, which then stops everything in order.
+        with (self._folder / f"{name}.log").open("wb") as log:
+            return await trio.lowlevel.open_process(
+                [sys.executable, *arguments], stdin=DEVNULL, stdout=log, stderr=STDOUT, start_new_session=True
+            )
+
+    async def _register(self, client: str, definition: dict[str, object]) -> None:
+        await self._put(client, "/v1/agent/service/register", body=definition)
+
+    async def _put(
+        self, agent: str, path: str, params: dict[str, str] | None = None, body: dict[str, object] | None = None
+    ) -> None:
+        response = await self._http.put(self._agents[agent].address + path, params=params, json=body)
+        if response.status_code != 200:
+            raise DemoFailed(f"PUT {path} at {agent} answered {response.status_code}: {response.text}")
+
+    async def _ask_web(self) -> tuple[int, str]:
+        response = await self._http.get(f"http://127.0.0.1:{self._web_port}/")
+        answer = response.json()["answer"]
+        return response.status_code, str(answer)
+
+    async def _web_works(self) -> bool:
+        return (await self._ask_web())[0] == 200
+
+    async def _web_refused(self) -> bool:
+        return (await self._ask_web())[0] == 403
+
+    async def _send_requests(self, count: int) -> Counter[str]:
+        answers: Counter[str] = Counter()
+        for _ in range(count):
+            status, text = await self._ask_web()
+            if status != 200:
+                raise DemoFailed(f"web answered {status}: {text}")
+            answers[_instance(text)] += 1
+        return answers
+
+    async def _load(self, load: _Load) -> None:
+        async with httpx.AsyncClient(timeout=10.0, trust_env=False) as http:
+            while True:
+                try:
+                    response = await http.get(f"http://127.0.0.1:{self._web_port}/")
+                except httpx.HTTPError as error:
+                    load.failures.append(repr(error))
+                else:
+                    answer = response.json()["answer"]
+                    if response.status_code == 200:
+                        load.answers[_instance(answer)] += 1
+                    else:
+                        load.failures.append(f"{response.status_code} {answer}")
+                await trio.sleep(self._rng.uniform(0.5, 1.5) * _LOAD_TASKS / _REQUESTS_PER_S)
+
+    async def _wait_for_leader(self, candidates: set[str]) -> str:
+        found = ""
+
+        async def elected() -> bool:
+            nonlocal found
+            agents = [self._agents[name] for name in sorted(candidates)]
+            for agent in agents:
+                state = (await self._http.get(agent.address + "/v1/agent/self")).json()
+                if state["Stats"]["raft"].get("state") == "Leader":
+                    found = agent.name
+                    return True
+            return False
+
+        await self._wait("a leader", elected)
+        return found
+
+    async def _can_write(self, agent: str) -> bool:
+        response = await self._http.put(self._agents[agent].address + "/v1/kv/demo/leader", content=agent.encode())
+        return response.status_code == 200
+
+    async def _all_alive(self) -> bool:
+        found = (await self._http.get(self._agents["client-1"].address + "/v1/agent/members")).json()
+        return sum(member["Status"] == 1 for member in found) == len(self._agents)
+
+    async def _show_members(self, leader: str) -> None:
+        found = (await self._http.get(self._agents["client-1"].address + "/v1/agent/members")).json()
+        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 2))
+        for heading in ("Member", "Gossip", "Type", "HTTP API", ""):
+            table.add_column(heading)
+        for member in sorted(found, key=lambda m: str(m["Name"])):
+            agent = self._agents[member["Name"]]
+            role = "server" if member["Tags"].get("role") == "consul" else "client"
+            gossip = f"{member['Addr']}:{member['Port']}"
+            table.add_row(agent.name, gossip, role, agent.address, "← leader" if agent.name == leader else "")
+        self._console.print(table)
+
+    async def _wait(self, what: str, condition: Callable[[], object]) -> None:
+        """Polls until the condition holds; a dead agent or the deadline ends the demo with the reason."""
+        last = ""
+        with trio.move_on_after(_READY_TIMEOUT_S):
+            while True:
+                self._check_processes()
+                try:
+                    result = condition()
+                    assert hasattr(result, "__await__")
+                    if await result:
+                        return
+                except (httpx.HTTPError, KeyError, ValueError) as error:
+                    last = repr(error)
+                await trio.sleep(_POLL_S)
+        raise DemoFailed(f"waited {_READY_TIMEOUT_S:.0f} s for {what}, in vain. {last}")
+
+    def _check_processes(self) -> None:
+        for agent in self._agents.values():
+            if agent.process is not None and agent.process.returncode is not None:
+                lines = (self._folder / f"{agent.name}.log").read_text(errors="replace").splitlines()[-5:]
+                raise DemoFailed(f"{agent.name} ended with status {agent.process.returncode}:\n" + "\n".join(lines))
+
+    def _say(self, text: str) -> None:
+        self._console.print(f"[bold cyan]▸[/] {text}", highlight=False)
+
+    def _note(self, text: str) -> None:
+        self._console.print(f"  {text}", highlight=False, markup=False)
+
+    def show_where(self) -> None:
+        """Where to look while everything runs."""
+        client = self._agents["client-1"].address
+        self._say("Everything runs; Ctrl-C stops it. Try:")
+        for line in (
+            f"curl http://127.0.0.1:{self._web_port}/",
+            f"mesh members -http-addr={client}",
+            f"mesh catalog services -tags -http-addr={client}",
+            f"mesh intention create -deny -http-addr={client} web api",
+            f"logs: {self._folder}",
+        ):
+            self._note(line)
+
+    @asynccontextmanager
+    async def stopping_everything(self) -> AsyncIterator[None]:
+        """Stops, on the way out, every process that the demo started: applications, clients, then servers."""
+        try:
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._stop([app for app in self._apps if app.returncode is None])
+                for names in (_CLIENTS, _SERVERS):
+                    processes = [self._agents[name].process for name in names]
+                    await self._stop([process for process in processes if process is not None])
+                await self._http.aclose()
+
+    async def _stop(self, processes: list[trio.Process]) -> None:
+        async def stop(process: trio.Process) -> None:
+            if process.returncode is not None:
+                return
+            process.send_signal(signal.SIGTERM)
+            with trio.move_on_after(_STOP_TIMEOUT_S):
+                await process.wait()
+                return
+            process.kill()
+            await process.wait()
+
+        async with trio.open_nursery() as nursery:
+            for process in processes:
+                nursery.start_soon(stop, process)
+
+
+def _service(name: str, service_id: str, port: int, proxy: dict[str, object]) -> dict[str, object]:
+    check = {"http": f"http://127.0.0.1:{port}/health", "interval": "2s", "timeout": "1s", "status": "passing"}
+    sidecar = {"proxy": proxy} if proxy else {}
+    return {"id": service_id, "name": name, "port": port, "check": check, "connect": {"sidecar_service": sidecar}}
+
+
+def _instance(answer: str) -> str:
+    return str(json.loads(answer)["service"])
+
+
+def _counted(answers: Counter[str]) -> str:
+    return ", ".join(f"{name} answered {count}" for name, count in sorted(answers.items()))
+
+
+def _milliseconds(start: float) -> str:
+    return f"{(trio.current_time() - start) * 1000:.0f} ms"
+
+
+async def _run(*, once: bool) -> int:
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="mesh-demo-") as folder:
+        play = Demo(Path(folder), console)
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async with play.stopping_everything(), trio.open_nursery() as nursery:
+                stopped = trio.Event()
+
+                async def wait_for_signal() -> None:
+                    async for _ in signals:
+                        stopped.set()
+                        nursery.cancel_scope.cancel()
+
+                nursery.start_soon(wait_for_signal)
+                try:
+                    await play.run()
+                except DemoFailed as error:
+                    console.print(f"[bold red]The demo failed:[/] {error}", highlight=False)
+                    return 1
+                if not once:
+                    play.show_where()
+                    await stopped.wait()
+                nursery.cancel_scope.cancel()
+            if stopped.is_set():
+                console.print("Stopped.")
+    return 0
+
+
+@click.command(cls=GoCommand)
+@click.option("-once", is_flag=True, help="Stop when everything has been shown; status 0 if all of it held, else 1.")
+def demo(*, once: bool) -> None:
+    """Starts five agents and two services on this machine and shows discovery, mTLS, intentions and failover."""
+    raise SystemExit(trio.run(lambda: _run(once=once)))
