@@ -7,7 +7,7 @@ import socket
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,9 +168,7 @@ class Demo:
         total = load.answers.total() + len(load.failures)
         self._note(f"requests meanwhile: {total}, failed: {len(load.failures)}")
         if load.failures:
-            raise DemoFailed(
-                f"{len(load.failures)} requests failed while the leader changed; first: {load.failures[0]}"
-            )
+            raise DemoFailed(f"{len(load.failures)} requests failed in the election; the first: {load.failures[0]}")
 
     # -- pieces ----------------------------------------------------------------------------------------------------
 
@@ -216,7 +214,7 @@ class Demo:
         await self._put(client, "/v1/agent/service/register", body=definition)
 
     async def _put(
-        self, agent: str, path: str, params: dict[str, str] | None = None, body: dict[str, object] | None = None
+        self, agent: str, path: str, params: Mapping[str, str] | None = None, body: Mapping[str, object] | None = None
     ) -> None:
         response = await self._http.put(self._agents[agent].address + path, params=params, json=body)
         if response.status_code != 200:
@@ -279,7 +277,7 @@ class Demo:
 
     async def _all_alive(self) -> bool:
         found = (await self._http.get(self._agents["client-1"].address + "/v1/agent/members")).json()
-        return sum(member["Status"] == 1 for member in found) == len(self._agents)
+        return len([member for member in found if member["Status"] == 1]) == len(self._agents)
 
     async def _show_members(self, leader: str) -> None:
         found = (await self._http.get(self._agents["client-1"].address + "/v1/agent/members")).json()
@@ -293,16 +291,14 @@ class Demo:
             table.add_row(agent.name, gossip, role, agent.address, "← leader" if agent.name == leader else "")
         self._console.print(table)
 
-    async def _wait(self, what: str, condition: Callable[[], object]) -> None:
+    async def _wait(self, what: str, condition: Callable[[], Awaitable[bool]]) -> None:
         """Polls until the condition holds; a dead agent or the deadline ends the demo with the reason."""
         last = ""
         with trio.move_on_after(_READY_TIMEOUT_S):
             while True:
                 self._check_processes()
                 try:
-                    result = condition()
-                    assert hasattr(result, "__await__")
-                    if await result:
+                    if await condition():
                         return
                 except (httpx.HTTPError, KeyError, ValueError) as error:
                     last = repr(error)

@@ -1,7 +1,7 @@
 """The two applications of the demo: plain HTTP programs that know nothing of the mesh.
 
-`python -m agent.cli.demo_app api-1 PORT` answers with its name; with a third argument, a URL, it asks there first and passes the
-answer on, as `web` does with its upstream `api`.
+`python -m agent.cli.demo_app api-1 PORT` answers with its name; with a third argument, a URL, it asks there first and
+passes the answer on, as `web` does with its upstream `api`.
 """
 
 import http.client
