@@ -1,0 +1,1 @@
+"""Speed and memory, each against a real peer on the same machine in the same run: `make bench`."""
