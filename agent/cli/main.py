@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "info": ("agent.cli.cluster", "info", "Shows an agent's internal state"),
     "intention": ("agent.cli.intention", "intention", "Says which service may call which"),
     "join": ("agent.cli.cluster", "join", "Makes an agent join a cluster by any member's address"),
+    "keygen": ("agent.cli.keygen", "keygen", "Makes a gossip key for -encrypt"),
     "kv": ("agent.cli.kv", "kv", "Reads and writes the key-value store"),
     "leave": ("agent.cli.cluster", "leave", "Makes an agent leave its cluster gracefully and stop"),
     "members": ("agent.cli.cluster", "members", "Lists the members of the cluster"),
