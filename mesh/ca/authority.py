@@ -8,11 +8,11 @@ import datetime
 from typing import Literal
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, SignatureAlgorithmOID
 
+from mesh.ca.parsing import parsing
 from mesh.ca.svid import key_weakness
 from mesh.errors import ConfigError, InvalidIdentity, Refused
 from mesh.model.ca import CaRoot, IssuedLeaf
@@ -37,7 +37,6 @@ _CSR_SIGNATURES = frozenset(
         SignatureAlgorithmOID.ED25519,
     )
 )
-_PARSE_ERRORS = (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.InvalidVersion)
 
 
 def hex_pairs(data: bytes) -> str:
@@ -141,11 +140,9 @@ def identity_kind(identity: SpiffeId) -> IdentityKind | None:
 
 def load_signing_key(root: CaRoot) -> ec.EllipticCurvePrivateKey:
     """The root's private key. Raises Refused when the value carries none, or not one that fits its certificate."""
-    try:
+    with parsing(f"the CA root {root.root_id} cannot sign: its key or certificate is not readable", Refused):
         key = serialization.load_pem_private_key(root.private_key_pem.encode(), password=None)
         certificate = x509.load_pem_x509_certificate(root.root_cert_pem.encode())
-    except _PARSE_ERRORS as error:
-        raise Refused(f"the CA root {root.root_id} cannot sign: its key or certificate is not readable") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
         raise Refused(f"the CA root {root.root_id} cannot sign: its key does not belong to its certificate")
     return key
@@ -154,7 +151,7 @@ def load_signing_key(root: CaRoot) -> ec.EllipticCurvePrivateKey:
 def _load_csr(csr_der: bytes) -> x509.CertificateSigningRequest:
     if len(csr_der) > CSR_BYTES_MAX:
         raise Refused(f"a certificate request of {len(csr_der)} bytes is larger than {CSR_BYTES_MAX}")
-    try:
+    with parsing("not a usable certificate request", Refused):
         csr = x509.load_der_x509_csr(csr_der)
         if csr.signature_algorithm_oid not in _CSR_SIGNATURES:
             raise Refused(f"the request is signed with {csr.signature_algorithm_oid.dotted_string}, which is too weak")
@@ -163,8 +160,6 @@ def _load_csr(csr_der: bytes) -> x509.CertificateSigningRequest:
             raise Refused(f"the request's key is too weak: {weakness}")
         if not csr.is_signature_valid:
             raise Refused("the request is not signed by the key it asks a certificate for")
-    except (*_PARSE_ERRORS, InvalidSignature) as error:
-        raise Refused(f"not a usable certificate request: {error}") from error
     return csr
 
 
@@ -176,7 +171,7 @@ def requested_identity(csr_der: bytes) -> tuple[SpiffeId, x509.CertificateSignin
     """
     csr = _load_csr(csr_der)
     names: list[x509.GeneralName] = []
-    try:
+    with parsing("the request's extensions are malformed", Refused):
         for extension in csr.extensions:
             match extension.value:
                 case x509.SubjectAlternativeName() as alternative:
@@ -187,8 +182,6 @@ def requested_identity(csr_der: bytes) -> tuple[SpiffeId, x509.CertificateSignin
                     raise Refused("the request asks for the right to sign certificates or revocation lists")
                 case _:
                     pass  # never copied into the leaf
-    except _PARSE_ERRORS as error:
-        raise Refused(f"the request's extensions are malformed: {error}") from error
     if len(names) != 1 or not isinstance(names[0], x509.UniformResourceIdentifier):
         raise Refused(f"the request names {len(names)} subjects; it must name exactly one, a SPIFFE ID")
     try:

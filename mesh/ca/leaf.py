@@ -4,10 +4,10 @@ import random
 from collections.abc import Sequence
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from mesh.ca.parsing import parsing
 from mesh.ca.svid import load_certificate, verify_chain, verify_svid
 from mesh.errors import InvalidIdentity
 from mesh.model.ca import IssuedLeaf
@@ -43,10 +43,8 @@ def renewal_at_s(issued: IssuedLeaf, *, now_s: float, rng: random.Random) -> flo
 
 def pem_to_der(pem: str) -> tuple[bytes, ...]:
     """The certificates of a PEM text, in order. Raises InvalidIdentity when there is none or one is malformed."""
-    try:
+    with parsing("not PEM certificates", InvalidIdentity):
         certificates = x509.load_pem_x509_certificates(pem.encode())
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise InvalidIdentity(f"not PEM certificates: {error}") from error
     return tuple(certificate.public_bytes(serialization.Encoding.DER) for certificate in certificates)
 
 

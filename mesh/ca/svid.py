@@ -14,10 +14,10 @@ from typing import Literal
 
 import msgspec
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, SignatureAlgorithmOID
 
+from mesh.ca.parsing import parsing
 from mesh.errors import InvalidIdentity
 from mesh.names import SpiffeId, parse_spiffe_id
 
@@ -52,8 +52,6 @@ _LEAF_EXTENSIONS = frozenset(
         ExtensionOID.SUBJECT_ALTERNATIVE_NAME,
     )
 )
-# What the cryptography package raises for bytes that are no certificate, or one that it refuses to interpret.
-_PARSE_ERRORS = (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.InvalidVersion)
 
 
 class Svid(msgspec.Struct, frozen=True):
@@ -93,33 +91,25 @@ def load_certificate(der: bytes) -> x509.Certificate:
     """The parsed certificate. Raises InvalidIdentity when the bytes are not exactly one X.509 certificate."""
     if len(der) > CHAIN_BYTES_MAX:
         raise InvalidIdentity(f"a certificate of {len(der)} bytes is larger than {CHAIN_BYTES_MAX}")
-    try:
+    with parsing("not an X.509 certificate", InvalidIdentity):
         return x509.load_der_x509_certificate(der)
-    except _PARSE_ERRORS as error:
-        raise InvalidIdentity(f"not an X.509 certificate: {error}") from error
 
 
 def _extensions(certificate: x509.Certificate) -> dict[x509.ObjectIdentifier, x509.Extension[x509.ExtensionType]]:
-    try:
-        if certificate.version is not x509.Version.v3:
-            raise InvalidIdentity("the certificate is not X.509 version 3")
-        return {extension.oid: extension for extension in certificate.extensions}
-    except _PARSE_ERRORS as error:
-        raise InvalidIdentity(f"the certificate's extensions are malformed: {error}") from error
+    if certificate.version is not x509.Version.v3:
+        raise InvalidIdentity("the certificate is not X.509 version 3")
+    return {extension.oid: extension for extension in certificate.extensions}
 
 
 def _check_algorithms(certificate: x509.Certificate) -> None:
     algorithm = certificate.signature_algorithm_oid
     if algorithm not in _SIGNATURE_ALGORITHMS:
         raise InvalidIdentity(f"the certificate is signed with {algorithm.dotted_string}, which is not accepted")
-    try:
-        weakness = key_weakness(certificate.public_key())
-        if algorithm == SignatureAlgorithmOID.RSASSA_PSS:
-            digest = certificate.signature_hash_algorithm
-            if digest is None or digest.digest_size < 32:
-                raise InvalidIdentity("the certificate is signed with RSA-PSS over a weak hash")
-    except _PARSE_ERRORS as error:
-        raise InvalidIdentity(f"the certificate's public key is not usable: {error}") from error
+    if algorithm == SignatureAlgorithmOID.RSASSA_PSS:
+        digest = certificate.signature_hash_algorithm
+        if digest is None or digest.digest_size < 32:
+            raise InvalidIdentity("the certificate is signed with RSA-PSS over a weak hash")
+    weakness = key_weakness(certificate.public_key())
     if weakness is not None:
         raise InvalidIdentity(f"the certificate's key is too weak: {weakness}")
 
@@ -172,7 +162,11 @@ def read_svid(leaf_der: bytes, *, trust_domain: str, role: Role) -> Svid:
     `role` is the part that the peer played in the handshake, for the error's text. Raises InvalidIdentity with the
     reason. The result depends on the arguments only, so a caller may cache it.
     """
-    certificate = load_certificate(leaf_der)
+    with parsing("the certificate is malformed", InvalidIdentity):
+        return _read_svid(load_certificate(leaf_der), trust_domain=trust_domain, role=role)
+
+
+def _read_svid(certificate: x509.Certificate, *, trust_domain: str, role: Role) -> Svid:
     extensions = _extensions(certificate)
     for oid, extension in extensions.items():
         if extension.critical and oid not in _LEAF_EXTENSIONS:
@@ -182,11 +176,7 @@ def read_svid(leaf_der: bytes, *, trust_domain: str, role: Role) -> Svid:
     spiffe_id = _spiffe_id(certificate, extensions)
     if spiffe_id.trust_domain != trust_domain:
         raise InvalidIdentity(f"{spiffe_id} belongs to another trust domain than {trust_domain}")
-    try:
-        not_before, not_after = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    except _PARSE_ERRORS as error:
-        raise InvalidIdentity(f"the dates of the certificate of {spiffe_id} are malformed: {error}") from error
-    return Svid(spiffe_id, not_before.timestamp(), not_after.timestamp())
+    return Svid(spiffe_id, certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp())
 
 
 def verify_svid(leaf_der: bytes, *, trust_domain: str, role: Role, now_s: float) -> SpiffeId:
@@ -236,21 +226,31 @@ def verify_chain(chain_der: Sequence[bytes], roots_der: Sequence[bytes], *, now_
     root. Raises InvalidIdentity. Without ssl: for certificates that arrive as data, such as a freshly signed leaf.
     """
     check_chain_size(chain_der)
-    chain = [load_certificate(der) for der in chain_der]
-    roots = [load_certificate(der) for der in roots_der]
+    with parsing("a certificate in the chain is malformed", InvalidIdentity):
+        _verify_chain([load_certificate(der) for der in chain_der], [load_certificate(der) for der in roots_der], now_s)
+
+
+def _verify_chain(chain: Sequence[x509.Certificate], roots: Sequence[x509.Certificate], now_s: float) -> None:
     for below, (certificate, issuer) in enumerate(itertools.pairwise(chain)):
         _check_issuer(issuer, intermediates_below=below, now_s=now_s)
         if not _issued(certificate, issuer):
             raise InvalidIdentity("the chain is broken: a certificate is not signed by the one after it")
-    anchors = [root for root in roots if _issued(chain[-1], root)]
-    if not anchors:
-        raise InvalidIdentity("the chain ends at no trusted root")
-    _check_issuer(anchors[0], intermediates_below=len(chain) - 1, now_s=now_s)
+    problem = InvalidIdentity("the chain ends at no trusted root")
+    for anchor in roots:
+        if not _issued(chain[-1], anchor):
+            continue
+        try:
+            _check_issuer(anchor, intermediates_below=len(chain) - 1, now_s=now_s)
+            return
+        except InvalidIdentity as error:
+            problem = error  # another root may hold the same key with a longer life
+    raise problem
 
 
 def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     try:
-        certificate.verify_directly_issued_by(issuer)
-    except (*_PARSE_ERRORS, InvalidSignature):
+        with parsing("not issued", InvalidIdentity):
+            certificate.verify_directly_issued_by(issuer)
+    except InvalidIdentity:
         return False
     return True
