@@ -1,0 +1,50 @@
+import pytest
+from click.testing import CliRunner
+
+from agent.cli.main import cli
+from agent.cli.output import print_table
+
+
+def test_a_refused_connection_says_what_was_tried_and_what_to_do() -> None:
+    result = CliRunner().invoke(cli, ["members", "-http-addr=127.0.0.1:1"])
+    assert result.exit_code == 1
+    assert "cannot connect to the agent at 127.0.0.1:1: connection refused" in result.output
+    assert "mesh agent -dev" in result.output
+
+
+@pytest.mark.parametrize("variable", ["MESH_HTTP_ADDR", "CONSUL_HTTP_ADDR"])
+def test_the_environment_names_the_agent(variable: str) -> None:
+    result = CliRunner().invoke(cli, ["kv", "get", "a"], env={variable: "http://127.0.0.1:2"})
+    assert "cannot connect to the agent at http://127.0.0.1:2" in result.output
+
+
+def test_the_mesh_variable_wins_over_consul_s_and_the_flag_over_both() -> None:
+    env = {"MESH_HTTP_ADDR": "127.0.0.1:2", "CONSUL_HTTP_ADDR": "127.0.0.1:3"}
+    assert "127.0.0.1:2" in CliRunner().invoke(cli, ["leave"], env=env).output
+    assert "127.0.0.1:4" in CliRunner().invoke(cli, ["leave", "-http-addr", "127.0.0.1:4"], env=env).output
+
+
+def test_a_missing_unix_socket_is_named() -> None:
+    result = CliRunner().invoke(cli, ["info", "-http-addr=unix:///nowhere/mesh.sock"])
+    assert result.exit_code == 1
+    assert "unix:///nowhere/mesh.sock: no such file or directory" in result.output
+
+
+def test_intention_check_cannot_tell_with_status_two() -> None:
+    assert CliRunner().invoke(cli, ["intention", "check", "-http-addr=127.0.0.1:1", "a", "b"]).exit_code == 2
+
+
+def test_an_address_that_is_none_is_wrong_usage() -> None:
+    result = CliRunner().invoke(cli, ["members", "-http-addr=http://[::"])
+    assert result.exit_code == 2
+    assert "is no address" in result.output
+
+
+def test_a_table_in_a_pipe_is_plain_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(["Node", "DC"], [["a", "dc1"], ["longer", "dc2"]])
+    assert capsys.readouterr().out == "Node    DC\na       dc1\nlonger  dc2\n"
+
+
+def test_control_characters_of_other_hosts_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(["Node"], [["a\x1b[2J\nb"]])
+    assert capsys.readouterr().out == "Node\na\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}b\n"
