@@ -1,0 +1,176 @@
+"""The inner poller: one Trio task owns an epoll set and drives ready connections as callbacks, in batches.
+
+Trio runs everything else of the worker (control socket, signals, telemetry) between batches. A task per connection
+costs three times as much per request (measured, see benchmarks/two_hops.py), which is why this exists at all.
+
+A callback never blocks and never awaits. One that raises closes its own connection and nothing else.
+"""
+
+import heapq
+import logging
+import select
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+_LOG = logging.getLogger("mesh.dataplane")
+
+BATCHES_MAX = 64  # then Trio's own tasks run, whatever the traffic
+FAULTS_LOGGED_MAX = 20  # tracebacks per worker life: a repeating fault must not fill the disk
+
+READABLE = select.EPOLLIN
+WRITABLE = select.EPOLLOUT
+HANG_UP = select.EPOLLHUP | select.EPOLLERR
+
+
+class Handler(Protocol):
+    """What a registered descriptor belongs to."""
+
+    def ready(self, mask: int) -> None:
+        """The descriptor is ready; the mask may be stale, so every operation must be non-blocking."""
+
+    def fault(self, error: Exception) -> None:
+        """`ready` raised; close, and do not raise again."""
+
+
+class Timer:
+    """One pending call; `cancel` forgets it."""
+
+    __slots__ = ("callback", "deadline")
+
+    def __init__(self, deadline: float, callback: Callable[[], None]) -> None:
+        self.deadline = deadline
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        """The callback will not run. Calling it again does nothing."""
+        self.callback = None
+
+    def __lt__(self, other: "Timer") -> bool:
+        return self.deadline < other.deadline
+
+
+class Reactor:
+    """Descriptors, timers and deferred calls of one worker. `now` is refreshed once per batch (Trio's clock)."""
+
+    def __init__(self) -> None:
+        self._poller = select.epoll()
+        self._handlers: dict[int, Handler] = {}
+        self._timers: list[Timer] = []
+        self._soon: deque[Callable[[], None]] = deque()
+        self._closing: list[socket.socket] = []
+        self._clock = trio.lowlevel.current_clock().current_time
+        self.now = self._clock()
+        self.faults = 0
+
+    def time(self) -> float:
+        """Seconds on the reactor's clock, this instant."""
+        return self._clock()
+
+    def register(self, descriptor: int, handler: Handler, mask: int) -> None:
+        """Starts watching a descriptor."""
+        self._handlers[descriptor] = handler
+        self._poller.register(descriptor, mask)
+
+    def modify(self, descriptor: int, mask: int) -> None:
+        """Watches for something else; hang-ups are always reported."""
+        self._poller.modify(descriptor, mask)
+
+    def suspend(self, descriptor: int) -> None:
+        """Stops all reports, hang-ups too, until `resume`."""
+        self._poller.unregister(descriptor)
+
+    def resume(self, descriptor: int, mask: int) -> None:
+        """Undoes `suspend`."""
+        self._poller.register(descriptor, mask)
+
+    def close(self, descriptor: int, sock: socket.socket, *, suspended: bool = False) -> None:
+        """Stops watching, and closes the socket once the current batch is done: a number freed and taken again within a
+        batch would get the old socket's pending event.
+        """
+        if self._handlers.pop(descriptor, None) is not None and not suspended:
+            self._poller.unregister(descriptor)
+        self._closing.append(sock)
+
+    def call_at(self, deadline: float, callback: Callable[[], None]) -> Timer:
+        """Runs a callback at or after a time on this reactor's clock."""
+        timer = Timer(deadline, callback)
+        heapq.heappush(self._timers, timer)
+        return timer
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Runs a callback after the current one has returned: for results that may not arrive re-entrantly."""
+        self._soon.append(callback)
+
+    def guard(self, callback: Callable[[], None], on_fault: Callable[[Exception], None] | None = None) -> None:
+        """Runs a callback; what it raises is counted, logged, and goes no further."""
+        try:
+            callback()
+        except Exception as error:
+            self._report(error)
+            if on_fault is not None:
+                on_fault(error)
+
+    def _report(self, error: Exception) -> None:
+        self.faults += 1
+        if self.faults <= FAULTS_LOGGED_MAX:
+            _LOG.error("a connection's handler failed; the connection was closed", exc_info=error)
+
+    def _dispatch(self, ready: list[tuple[int, int]]) -> None:
+        handlers = self._handlers
+        for descriptor, mask in ready:
+            handler = handlers.get(descriptor)
+            if handler is None:
+                continue
+            try:
+                handler.ready(mask)
+            except Exception as error:
+                self._report(error)
+                self.guard(lambda handler=handler, error=error: handler.fault(error))  # type: ignore[misc]
+
+    def _run_due(self) -> None:
+        soon = self._soon
+        for _ in range(len(soon)):  # what these add runs in the next batch
+            self.guard(soon.popleft())
+        timers = self._timers
+        while timers and timers[0].deadline <= self.now:
+            callback = heapq.heappop(timers).callback
+            if callback is not None:
+                self.guard(callback)
+        if self._closing:
+            for sock in self._closing:
+                sock.close()
+            self._closing.clear()
+
+    def turn(self) -> bool:
+        """One batch: ready descriptors, deferred calls, due timers. False when no descriptor was ready."""
+        ready = self._poller.poll(0)
+        self.now = self._clock()
+        if ready:
+            self._dispatch(ready)
+        self._run_due()
+        return bool(ready) or bool(self._soon)
+
+    async def run(self) -> None:
+        """Drives everything until cancelled."""
+        descriptor = self._poller.fileno()
+        while True:
+            deadline = self._timers[0].deadline if self._timers else float("inf")
+            with trio.CancelScope(deadline=deadline):
+                if self._soon:
+                    await trio.lowlevel.checkpoint()
+                else:
+                    await trio.lowlevel.wait_readable(descriptor)
+            for _ in range(BATCHES_MAX):
+                if not self.turn():
+                    break
+
+    def dispose(self) -> None:
+        """Closes the poller; the owner has closed the connections."""
+        for sock in self._closing:
+            sock.close()
+        self._closing.clear()
+        self._poller.close()
