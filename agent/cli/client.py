@@ -134,6 +134,7 @@ def connect(*, failure_status: int = 1) -> Api:
             timeout=httpx.Timeout(_ANSWER_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
             trust_env=False,
         )
+        click.get_current_context().call_on_close(http.close)
         http.build_request("GET", "/")
     except (httpx.InvalidURL, httpx.UnsupportedProtocol, ValueError) as error:
         raise click.BadParameter(f"{address!r} is no address: {error}", param_hint="-http-addr") from error
