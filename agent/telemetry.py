@@ -1,0 +1,231 @@
+"""The agent's own metrics, under Consul's names, and how log lines look.
+
+`Metrics` is given to whoever counts. It shows itself as Consul's JSON (the last whole interval of 10 s) and as
+Prometheus text (totals since start).
+"""
+
+import json
+import logging
+import math
+import re
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+
+INTERVAL_S = 10.0  # go-metrics' in-memory sink, which Consul's JSON form shows
+SAMPLES_KEPT = 1024  # per name, for quantiles
+NAMES_MAX = 2048  # label sets come from configuration, never from requests; this guards against a mistake
+
+Labels = tuple[tuple[str, str], ...]
+MetricKey = tuple[str, Labels]
+
+_QUANTILES = (0.5, 0.9, 0.99)
+
+
+class _Aggregate:
+    """Count, sum, extremes and spread of one interval."""
+
+    __slots__ = ("count", "maximum", "minimum", "squares", "total")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = self.squares = 0.0
+        self.minimum, self.maximum = math.inf, -math.inf
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.total += value
+        self.squares += value * value
+        self.minimum = min(self.minimum, value)
+        self.maximum = max(self.maximum, value)
+
+    def row(self, name: str, labels: Labels) -> dict[str, object]:
+        spread = 0.0
+        if self.count > 1:
+            spread = math.sqrt(max(0.0, (self.squares - self.total**2 / self.count) / (self.count - 1)))
+        return {
+            "Name": name,
+            "Count": self.count,
+            "Rate": self.total / INTERVAL_S,
+            "Sum": self.total,
+            "Min": self.minimum,
+            "Max": self.maximum,
+            "Mean": self.total / self.count,
+            "Stddev": spread,
+            "Labels": dict(labels),
+        }
+
+
+class _Interval:
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.counters: dict[MetricKey, _Aggregate] = {}
+        self.samples: dict[MetricKey, _Aggregate] = {}
+
+
+class Metrics:
+    """Counters, gauges and samples of one agent. Names are dotted, `consul.` first."""
+
+    def __init__(self, unix_time_s: Callable[[], float]) -> None:
+        self._unix_time_s = unix_time_s
+        self._current = _Interval(self._interval_number())
+        self._last = _Interval(self._current.number - 1)
+        self._totals: Counter[MetricKey] = Counter()
+        self._sums: Counter[MetricKey] = Counter()
+        self._recent: dict[MetricKey, deque[float]] = {}
+        self._gauges: dict[MetricKey, Callable[[], float]] = {}
+
+    def _interval_number(self) -> int:
+        return int(self._unix_time_s() // INTERVAL_S)
+
+    def _interval(self) -> _Interval:
+        number = self._interval_number()
+        if number != self._current.number:
+            # After a quiet time the interval before this one is empty, not the last one in which something happened.
+            self._last = self._current if number == self._current.number + 1 else _Interval(number - 1)
+            self._current = _Interval(number)
+        return self._current
+
+    def count(self, name: str, value: float = 1, **labels: str) -> None:
+        """Adds to a counter."""
+        key = _key(name, labels)
+        if key not in self._totals and len(self._totals) >= NAMES_MAX:
+            return
+        self._totals[key] += value  # type: ignore[assignment]  # counts may be fractions; Counter adds them fine
+        self._interval().counters.setdefault(key, _Aggregate()).add(value)
+
+    def sample(self, name: str, value: float, **labels: str) -> None:
+        """Notes one observation; durations are milliseconds, as in Consul."""
+        key = _key(name, labels)
+        recent = self._recent.get(key)
+        if recent is None:
+            if len(self._recent) >= NAMES_MAX:
+                return
+            recent = self._recent[key] = deque(maxlen=SAMPLES_KEPT)
+        recent.append(value)
+        self._totals[key] += 1
+        self._sums[key] += value  # type: ignore[assignment]
+        self._interval().samples.setdefault(key, _Aggregate()).add(value)
+
+    def gauge(self, name: str, read: Callable[[], float], **labels: str) -> None:
+        """Has `read` asked for the value whenever metrics are shown. It must not raise and must not wait."""
+        self._gauges[_key(name, labels)] = read
+
+    def json_form(self) -> dict[str, object]:
+        """The body of /v1/agent/metrics."""
+        self._interval()
+        shown = self._last
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S +0000 UTC", time.gmtime(shown.number * INTERVAL_S))
+        return {
+            "Timestamp": stamp,
+            "Gauges": [
+                {"Name": name, "Value": read(), "Labels": dict(labels)}
+                for (name, labels), read in sorted(self._gauges.items(), key=lambda item: item[0])
+            ],
+            "Points": [],
+            "Counters": [shown.counters[key].row(*key) for key in sorted(shown.counters)],
+            "Samples": [shown.samples[key].row(*key) for key in sorted(shown.samples)],
+        }
+
+    def prometheus_text(self) -> str:
+        """Text exposition format 0.0.4 of everything since start."""
+        families: dict[tuple[str, str], list[str]] = {}
+        for (name, labels), read in self._gauges.items():
+            family = _family(name)
+            families.setdefault((family, "gauge"), []).append(f"{family}{_text(labels)} {_number(read())}")
+        for (name, labels), total in self._totals.items():
+            family = _family(name)
+            recent = self._recent.get((name, labels))
+            if recent is None:
+                families.setdefault((family, "counter"), []).append(f"{family}{_text(labels)} {_number(total)}")
+                continue
+            rows = families.setdefault((family, "summary"), [])
+            ordered = sorted(recent)
+            for quantile in _QUANTILES:
+                value = ordered[min(len(ordered) - 1, int(quantile * len(ordered)))]
+                rows.append(f"{family}{_text((*labels, ('quantile', str(quantile))))} {_number(value)}")
+            rows.append(f"{family}_sum{_text(labels)} {_number(self._sums[name, labels])}")
+            rows.append(f"{family}_count{_text(labels)} {_number(total)}")
+        lines = []
+        for (family, kind), rows in sorted(families.items()):
+            lines += [f"# TYPE {family} {kind}", *rows]
+        return "".join(f"{line}\n" for line in lines)
+
+
+def _key(name: str, labels: Mapping[str, str]) -> MetricKey:
+    return name, tuple(sorted(labels.items())) if labels else ()
+
+
+def _family(name: str) -> str:
+    return re.sub(r"[^a-zA-Z0-9_:]", "_", name)
+
+
+def _text(labels: Labels) -> str:
+    if not labels:
+        return ""
+    pairs = (f'{_family(name)}="{_escaped(value)}"' for name, value in labels)
+    return "{" + ",".join(pairs) + "}"
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+# -- logs
+
+TRACE = 5
+_LEVELS = {
+    "TRACE": TRACE,
+    "DEBUG": logging.DEBUG,
+    "INFO": logging.INFO,
+    "WARN": logging.WARNING,
+    "ERROR": logging.ERROR,
+}
+_NAMES = {number: name for name, number in _LEVELS.items()}
+
+
+def _stamp(record: logging.LogRecord) -> str:
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{whole}.{int(record.msecs):03d}Z"
+
+
+class TextFormatter(logging.Formatter):
+    """`2026-01-02T03:04:05.678Z [INFO]  part: message`, as Consul lines look."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"[{_NAMES.get(record.levelno, record.levelname)}]"
+        text = f"{_stamp(record)} {level:<7} {record.name.removeprefix('mesh.')}: {record.getMessage()}"
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return text
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line, with hclog's keys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "@level": _NAMES.get(record.levelno, record.levelname).lower(),
+            "@message": record.getMessage(),
+            "@module": record.name.removeprefix("mesh."),
+            "@timestamp": _stamp(record),
+        }
+        if record.exc_info:
+            fields["error"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
+def set_up_logging(level: str, *, as_json: bool) -> None:
+    """Has the agent's log go to standard output, where Consul's goes: text or JSON, from `level` up."""
+    import sys
+
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
+    logger = logging.getLogger("mesh")
+    logger.handlers[:] = [handler]
+    logger.setLevel(_LEVELS[level])
+    logger.propagate = False
