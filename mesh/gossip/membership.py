@@ -125,7 +125,7 @@ class Membership:
             record.changed_at = now
         self._observer.broadcast(record.name, alive)
         if alive.incarnation <= held:
-            # A node that came back elsewhere without rising above its old incarnation: others hold the old one against it too.
+            # It came back elsewhere without rising above its old incarnation, which others still hold against it.
             self._tell_accusation(record, Dead(held, record.name, self.local.name), now)
         if not was_live:
             self.live_count += 1

@@ -186,7 +186,7 @@ class GossipNode:
         self._now = now
         match message:
             case PushPull():
-                # Our side first, as it was before theirs: it holds what we have against the peer, which can then refute.
+                # Our side as it was before theirs: it holds what we have against the peer, which can then refute.
                 reply = self.push_pull_request(join=message.join)
                 self._merge(message, source_host, now)
                 return reply
