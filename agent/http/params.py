@@ -82,6 +82,12 @@ class Params:
         """The datacenter asked for (`datacenter` wins over `dc`), empty for the agent's own."""
         return self.get("datacenter") or self.get("dc")
 
+    def refuse_enterprise(self) -> None:
+        """Raises InvalidRequest for namespaces and admin partitions, which this edition of the API does not have."""
+        for name, noun in (("ns", "Namespaces"), ("partition", "Partitions")):
+            if self.get(name):
+                raise InvalidRequest(f'Invalid query parameter: "{name}" - {noun} are a Consul Enterprise feature')
+
     def wait_s(self) -> float:
         """How long a blocking read may wait: `wait`, default 300 s, at most 600 s. Raises InvalidRequest."""
         text = self.get("wait")

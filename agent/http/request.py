@@ -1,6 +1,6 @@
 """What a handler of the API receives and returns, and the route that leads to it.
 
-A handler is `async (ApiRequest) -> ApiResponse`. It raises the classes of `mesh.errors`; ``agent.http.errors` turns
+A handler is `async (ApiRequest) -> ApiResponse`. It raises the classes of `mesh.errors`; `agent.http.errors` turns
 them into a status and Consul's bare text. The server adds what every response has in common.
 """
 
@@ -17,6 +17,8 @@ from mesh.model.command import CommandResult, Rejected
 from mesh.model.query import ReadMeta, ReadOptions
 
 Method = Literal["GET", "PUT", "POST", "DELETE"]
+
+BODY_BYTES_MAX = 512 * 1024  # kv_max_value_size, and far above any registration
 
 JSON_TYPE = "application/json"
 TEXT_TYPE = "text/plain; charset=utf-8"
@@ -82,6 +84,7 @@ class Route:
     method: Method
     pattern: str
     handler: Handler
+    body_bytes_max: int = BODY_BYTES_MAX  # a larger body is answered 413, unread
 
 
 def json_response(value: object, *, status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> ApiResponse:

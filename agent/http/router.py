@@ -4,28 +4,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
-from agent.http.request import Handler, Method, Route
+from agent.http.request import Route
 from mesh.errors import InvalidRequest
 
 
 @dataclass(frozen=True)
 class Match:
-    """The handlers of the one pattern that fits, by method, and what its captures stand for, percent-decoded."""
+    """The routes of the one pattern that fits, by method, and what its captures stand for, percent-decoded."""
 
-    handlers: Mapping[Method, Handler]
+    routes: Mapping[str, Route]
     captures: Mapping[str, str]
+
+    def route(self, method: str) -> Route | None:
+        """The route of a method, None when the path does not have it."""
+        return self.routes.get(method)
 
     @property
     def allow(self) -> str:
-        """The value of an Allow header: OPTIONS, then what is routed; HEAD wherever GET is."""
-        methods = sorted(self.handlers)
-        return ",".join(("OPTIONS", *methods, *(("HEAD",) if "GET" in methods else ())))
+        """The value of an Allow header."""
+        return ",".join(("OPTIONS", *sorted(self.routes)))
 
 
 @dataclass(frozen=True)
 class _Pattern:
     segments: tuple[str, ...]
-    handlers: Mapping[Method, Handler]
+    routes: Mapping[str, Route]
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -60,12 +63,12 @@ class Router:
 
     def __init__(self, routes: Sequence[Route]) -> None:
         """Two routes of one method and pattern are a programming error."""
-        by_pattern: dict[str, dict[Method, Handler]] = {}
+        by_pattern: dict[str, dict[str, Route]] = {}
         for route in routes:
-            handlers = by_pattern.setdefault(route.pattern, {})
-            assert route.method not in handlers, f"{route.method} {route.pattern} is routed twice"
-            handlers[route.method] = route.handler
-        patterns = (_Pattern(tuple(pattern.split("/")), handlers) for pattern, handlers in by_pattern.items())
+            same = by_pattern.setdefault(route.pattern, {})
+            assert route.method not in same, f"{route.method} {route.pattern} is routed twice"
+            same[route.method] = route
+        patterns = (_Pattern(tuple(pattern.split("/")), same) for pattern, same in by_pattern.items())
         self._patterns = sorted(patterns, key=lambda pattern: pattern.rank, reverse=True)
 
     def match(self, path: str) -> Match | None:
@@ -74,7 +77,7 @@ class Router:
         for pattern in self._patterns:
             captures = pattern.match(segments)
             if captures is not None:
-                return Match(pattern.handlers, {name: _decoded(text) for name, text in captures.items()})
+                return Match(pattern.routes, {name: _decoded(text) for name, text in captures.items()})
         return None
 
 

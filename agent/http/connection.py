@@ -1,0 +1,391 @@
+"""One connection of the API: reads requests in order, runs their handlers, writes their answers."""
+
+import gzip
+import logging
+import re
+from collections import deque
+from dataclasses import dataclass, replace
+from email.utils import formatdate
+from typing import Protocol
+from urllib.parse import quote
+
+import msgspec
+import trio
+
+from agent.http.errors import error_response
+from agent.http.params import Params
+from agent.http.policy import host_allowed, origin_allowed
+from agent.http.request import JSON_TYPE, ApiRequest, ApiResponse, Handler, Route, text_response
+from agent.http.router import Router
+from agent.runtime import Runtime
+from agent.strict_json import MalformedJson
+from mesh.errors import InvalidRequest, MeshError, ProtocolError
+from mesh.http.h1 import CONTINUE, EndOfMessage, Rejected, RequestEvent, ServerConnection
+from mesh.http.head import RequestHead, ResponseHead, tokens
+
+log = logging.getLogger("mesh.http")
+
+READ_BYTES = 64 * 1024
+WRITE_BYTES = 256 * 1024  # one piece, for which WRITE_S is the deadline
+READ_AHEAD_BYTES_MAX = 64 * 1024  # pipelined behind a blocking request; past it, its client's absence goes unnoticed
+DISCARD_BYTES_MAX = 64 * 1024  # of a refused request's body, to keep the connection
+GZIP_BYTES_MIN = 1024  # below, the answer fits one packet anyway
+GZIP_IN_THREAD_BYTES = 256 * 1024  # above, compressing would stall the agent for milliseconds
+LINGER_S = 2.0  # how long a refused upload may go on before the connection is reset
+NOT_FOUND_TEXT = "Invalid URL path: not a recognized HTTP API endpoint"
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """Every bound on one connection and on all of them. Times are seconds."""
+
+    connections_per_client: int = 200  # limits.http_max_conns_per_client
+    connections_max: int = 0  # 0: half of the process's file descriptors
+    handshake_s: float = 5.0  # limits.https_handshake_timeout
+    header_s: float = 10.0  # from the first byte of a request (of the first one: from accept) to the end of its head
+    body_s: float = 120.0  # a whole body: 512 KiB at 35 kbit/s
+    idle_s: float = 300.0  # between two requests
+    write_s: float = 60.0  # for a client to take WRITE_BYTES of an answer
+    handler_s: float = 720.0  # the longest blocking query (10 min + 1/16) and the reads around it
+
+
+@dataclass(frozen=True)
+class HttpSettings:
+    """What every answer has in common, and whose requests are taken."""
+
+    limits: HttpLimits = HttpLimits()
+    pretty: bool = False  # always indent JSON, as -dev does
+    default_policy: str = "allow"  # X-Consul-Default-Acl-Policy
+    translate_addresses: bool = False
+    response_headers: tuple[tuple[str, str], ...] = ()  # http_config.response_headers
+    allowed_hosts: frozenset[str] = frozenset()  # besides those that policy.host_allowed knows
+
+    @property
+    def cross_origin(self) -> bool:
+        """Whether the operator opened the API to pages of other origins; the browser then enforces which."""
+        return any(name.lower() == "access-control-allow-origin" for name, _ in self.response_headers)
+
+
+class Stream(Protocol):
+    """What a connection runs over: TCP, TLS or a unix socket."""
+
+    async def receive_some(self, max_bytes: int, /) -> bytes | bytearray: ...
+
+    async def send_all(self, data: bytes, /) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+class _RawPathConnection(ServerConnection):
+    """The codec, but with the path as sent. Elsewhere a normalised path is what policy and application both see; here
+    an encoded slash or dot is part of a KV key, and the router matches raw segments.
+    """
+
+    __slots__ = ()
+
+    def _read_target(
+        self, method: bytes, authority: bytes | None, http_minor: int
+    ) -> tuple[bytes, bytes | None, bytes]:
+        path, query, host = super()._read_target(method, authority, http_minor)
+        raw = self._target.partition(b"?")[0]
+        if raw[:1] != b"/" and path != b"*":
+            raw = b"/" + raw.partition(b"://")[2].partition(b"/")[2]
+        return raw, query, host
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A request whose head is acceptable, and who answers it once its body is read."""
+
+    route: Route
+    request: ApiRequest
+
+
+class HttpConnection:
+    """Serves one client. `run` returns when the connection is over; it never raises because of the client."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        router: Router,
+        settings: HttpSettings,
+        runtime: Runtime,
+        *,
+        client_address: str,
+        over_loopback: bool,
+    ) -> None:
+        self._stream = stream
+        self._router = router
+        self._settings = settings
+        self._limits = settings.limits
+        self._runtime = runtime
+        self._client_address = client_address
+        self._over_loopback = over_loopback
+        self._codec = _RawPathConnection()
+        self._events: deque[RequestEvent] = deque()
+        self._ahead = b""  # read while a blocking handler ran
+        self._eof = False
+        self._unread_body = False
+        self._interruptible: trio.CancelScope | None = None
+        self._draining = False
+
+    def drain(self) -> None:
+        """Ends the connection after the answer it is working on; at once when it waits for a request or a change."""
+        self._draining = True
+        self._codec.must_close = True
+        if self._interruptible is not None:
+            self._interruptible.cancel()
+
+    async def run(self) -> None:
+        """Until the client leaves, breaks the protocol, is idle for too long, or `drain`."""
+        first = True
+        try:
+            while not self._codec.must_close:
+                head = await self._read_head(first=first)
+                if head is None:
+                    return
+                first = False
+                await self._exchange(head)
+            if self._unread_body:
+                await self._linger()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+            return  # the client is gone, or takes too long to be worth a descriptor
+
+    async def _read_head(self, *, first: bool) -> RequestHead | None:
+        """The next request's head, None when there is none: the connection is over."""
+        if not (first or self._events or self._ahead or self._eof):
+            with trio.move_on_after(self._limits.idle_s) as self._interruptible:
+                await self._receive()
+            interrupted = self._interruptible.cancelled_caught
+            self._interruptible = None
+            if interrupted:
+                return None
+        with trio.move_on_after(self._limits.header_s) as scope:
+            if first:
+                self._interruptible = scope
+            event = await self._next_event()
+        self._interruptible = None
+        if scope.cancelled_caught:
+            if not first:
+                await self._send(self._codec.reject(Rejected(408, "the request's headers took too long")))
+            return None
+        if isinstance(event, Rejected):
+            await self._reject(event)
+            return None
+        assert event is None or isinstance(event, RequestHead)
+        return event
+
+    async def _next_event(self) -> RequestEvent | None:
+        """The next event of the codec, None at the end of the stream."""
+        while not self._events:
+            if self._eof and not self._ahead:
+                self._events.extend(self._codec.receive_eof())
+                return self._events.popleft() if self._events else None
+            await self._receive()
+        return self._events.popleft()
+
+    async def _receive(self) -> None:
+        data, self._ahead = self._ahead, b""
+        if not data:
+            data = bytes(await self._stream.receive_some(READ_BYTES))
+        if data:
+            self._events.extend(self._codec.receive_data(data))
+        else:
+            self._eof = True
+
+    async def _reject(self, rejected: Rejected) -> None:
+        log.info("%s: request refused: %s", self._client_address or "unix socket", rejected.reason)
+        await self._send(self._codec.reject(rejected))
+        await self._linger()
+
+    async def _linger(self) -> None:
+        """Reads on for a moment: closing with unread input would reset the connection before the answer is read."""
+        with trio.move_on_after(LINGER_S):
+            if isinstance(self._stream, trio.SocketStream):
+                await self._stream.send_eof()
+            while await self._stream.receive_some(READ_BYTES):
+                pass
+
+    async def _exchange(self, head: RequestHead) -> None:
+        """Answers one request, whose head was read."""
+        judged = self._judge(head)
+        body_max = judged.route.body_bytes_max if isinstance(judged, _Task) else DISCARD_BYTES_MAX
+        with trio.fail_after(self._limits.body_s):
+            body = await self._read_body(head, body_max)
+        if isinstance(body, Rejected):
+            await self._reject(body)
+            return
+        if body is None:
+            self._codec.must_close = self._unread_body = True
+        if head.upgrade:
+            self._codec.must_close = True  # not offered: the answer is an ordinary one, and what follows is not HTTP
+        if isinstance(judged, ApiResponse):
+            await self._respond(head, None, judged)
+        elif body is None:
+            refusal = text_response(f"Request body too large, max size: {body_max} bytes", status=413)
+            await self._respond(head, None, refusal)
+        else:
+            request = replace(judged.request, body=body)
+            response = await self._handle(judged.route.handler, request)
+            if response is None:
+                self._codec.must_close = True  # nobody is there to read it
+            else:
+                await self._respond(head, request, response)
+
+    async def _read_body(self, head: RequestHead, bytes_max: int) -> bytes | Rejected | None:
+        """The body; None when it is larger than `bytes_max`, without having read further than that."""
+        if head.content_length is not None and head.content_length > bytes_max:
+            return None
+        if head.expects_continue and head.has_body:
+            await self._send(CONTINUE)
+        pieces: list[bytes] = []
+        size = 0
+        while True:
+            match await self._next_event():
+                case bytes() as piece:
+                    pieces.append(piece)
+                    size += len(piece)
+                    if size > bytes_max:
+                        return None
+                case EndOfMessage():
+                    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                case Rejected() as rejected:
+                    return rejected
+                case unexpected:  # the codec answers an early end with Rejected, and a head only follows an end
+                    raise AssertionError(f"{unexpected!r} inside a message")
+
+    def _judge(self, head: RequestHead) -> _Task | ApiResponse:
+        """Who answers the request, or the refusal."""
+        try:
+            path, query = head.path.decode("utf-8"), (head.query or b"").decode("utf-8")
+            authority = head.authority.decode("utf-8")
+        except UnicodeDecodeError:
+            return text_response("Request path is not UTF-8", status=400)
+        headers: dict[str, str] = {}
+        for name, value in head.headers:
+            headers.setdefault(name.decode("latin-1"), value.decode("latin-1"))
+        method = head.method.decode("ascii")
+        if self._over_loopback and not host_allowed(authority, self._settings.allowed_hosts):
+            text = f"Host {authority} is not a name of this agent; use its IP address or localhost"
+            return text_response(text, status=403)
+        if not self._settings.cross_origin and not origin_allowed(method, headers.get("origin"), authority):
+            return text_response("A page of another origin may not write through this agent", status=403)
+        if "//" in path and not path.startswith("/v1/kv/"):
+            return _moved(path, query)
+        try:
+            match = self._router.match(path)
+            if match is None:
+                return text_response(NOT_FOUND_TEXT, status=404)
+            params = Params(query)
+            params.refuse_enterprise()
+        except InvalidRequest as error:
+            return error_response(error)
+        if method == "OPTIONS":
+            return ApiResponse(headers=(("Allow", match.allow),))
+        route = match.route("GET" if method == "HEAD" else method)
+        if route is None:
+            return text_response(f"method {method} not allowed", status=405, headers=(("Allow", match.allow),))
+        request = ApiRequest(
+            route.method, path, params, headers, captures=match.captures, client_address=self._client_address
+        )
+        return _Task(route, request)
+
+    async def _handle(self, handler: Handler, request: ApiRequest) -> ApiResponse | None:
+        """The handler's answer, or what its failure means; None when the client left while it waited."""
+        with trio.move_on_after(self._limits.handler_s):
+            if request.method == "GET" and (request.params.has("index") or request.params.has("hash")):
+                return await self._run_watched(handler, request)
+            return await _run(handler, request)
+        log.error("%s %s: no answer within %.0f s", request.method, request.path, self._limits.handler_s)
+        return text_response("The request took too long", status=500)
+
+    async def _run_watched(self, handler: Handler, request: ApiRequest) -> ApiResponse | None:
+        """As `_run`, for a handler that may block: given up at once when the client leaves.
+
+        Other requests run to their end, which their own deadlines bound: a client that closes its sending side after a
+        write still reads the answer.
+        """
+        response: ApiResponse | None = None
+        async with trio.open_nursery() as nursery:
+            self._interruptible = nursery.cancel_scope
+            if self._draining:
+                nursery.cancel_scope.cancel()
+            nursery.start_soon(self._watch_client, nursery.cancel_scope)
+            response = await _run(handler, request)
+            nursery.cancel_scope.cancel()
+        self._interruptible = None
+        return response
+
+    async def _watch_client(self, scope: trio.CancelScope) -> None:
+        while len(self._ahead) < READ_AHEAD_BYTES_MAX:
+            try:
+                data = await self._stream.receive_some(READ_BYTES)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                data = b""
+            if not data:
+                self._eof = True
+                scope.cancel()
+                return
+            self._ahead += data
+
+    async def _respond(self, head: RequestHead, request: ApiRequest | None, response: ApiResponse) -> None:
+        settings = self._settings
+        body = response.body
+        if response.content_type == JSON_TYPE and (settings.pretty or (request and request.params.has("pretty"))):
+            body = msgspec.json.format(body, indent=4) + b"\n"
+        headers = [
+            (b"Content-Type", response.content_type.encode()),
+            (b"Date", formatdate(int(self._runtime.unix_time_s()), usegmt=True).encode()),
+            (b"Vary", b"Accept-Encoding"),
+            (b"X-Content-Type-Options", b"nosniff"),
+            (b"X-Consul-Default-Acl-Policy", settings.default_policy.encode()),
+        ]
+        if settings.translate_addresses:
+            headers.append((b"X-Consul-Translate-Addresses", b"true"))
+        if len(body) >= GZIP_BYTES_MIN and _accepts_gzip(head):
+            body = await trio.to_thread.run_sync(_gzip, body) if len(body) > GZIP_IN_THREAD_BYTES else _gzip(body)
+            headers.append((b"Content-Encoding", b"gzip"))
+        for name, value in (*response.headers, *settings.response_headers):
+            headers.append((name.encode("utf-8"), value.encode("utf-8")))
+        codec = self._codec
+        try:
+            data = codec.send_response(ResponseHead(response.status, tuple(headers), len(body)), head)
+        except ProtocolError:
+            log.exception("%s %s: unsendable answer", head.method.decode(), head.path.decode("utf-8", "replace"))
+            body = b""
+            data = codec.send_response(ResponseHead(500, (), 0), head)
+        await self._send(data + codec.send_body(body) + codec.end())
+
+    async def _send(self, data: bytes) -> None:
+        for start in range(0, len(data), WRITE_BYTES):
+            with trio.fail_after(self._limits.write_s):
+                await self._stream.send_all(data[start : start + WRITE_BYTES])
+
+
+async def _run(handler: Handler, request: ApiRequest) -> ApiResponse:
+    try:
+        return await handler(request)
+    except (MeshError, MalformedJson) as error:
+        return error_response(error)
+    except Exception:
+        log.exception("%s %s: the handler failed", request.method, request.path)
+        return text_response("Internal error; the agent's log says more", status=500)
+
+
+def _moved(path: str, query: str) -> ApiResponse:
+    """301 to the path without repeated slashes. It begins with one slash only, so it names no other host."""
+    clean = quote(re.sub("/{2,}", "/", path), safe="/%:;,=@!$&'()*+~")
+    location = f"{clean}?{quote(query, safe='/%:;,=@!$&?+~*')}" if query else clean
+    return text_response("Moved Permanently", status=301, headers=(("Location", location),))
+
+
+def _accepts_gzip(head: RequestHead) -> bool:
+    for member in tokens(head.header(b"accept-encoding") or b""):
+        coding, _, weight = member.partition(b";")
+        if coding.strip() in (b"gzip", b"*"):
+            return weight.replace(b" ", b"") not in (b"q=0", b"q=0.0", b"q=0.00", b"q=0.000")
+    return False
+
+
+def _gzip(body: bytes) -> bytes:
+    return gzip.compress(body, compresslevel=1, mtime=0)
