@@ -1,7 +1,10 @@
 """Contexts for mutual TLS between agents and sidecars, and the peer's identity after a handshake.
 
-Session resumption is off wherever we are the server: a resumed session skips the certificate check, so an expired
-client would stay welcome. One context belongs to one trust bundle and one leaf; when either changes, make a new one.
+A resumed session skips OpenSSL's certificate check, so an expired client would stay welcome. Tickets are therefore off
+wherever we are the server, which ends resumption in TLS 1.3. In TLS 1.2 a client may still resume by session ID: the
+ssl module has no switch for that cache. Two rules make it harmless: `peer_spiffe_id` is called, and checks the dates,
+on every connection, resumed or not; and one context belongs to one trust bundle and one leaf. When either changes, make
+a new context: it knows no session of the old one.
 """
 
 import contextlib
@@ -97,7 +100,7 @@ def server_context(
     key_directory: Path | None = None,
 ) -> ssl.SSLContext:
     """A context for the accepting side of mutual TLS: TLS 1.2 or 1.3, a client certificate under one of the roots is
-    required, no resumption, no renegotiation. `certificate_chain_pem`: leaf first.
+    required, no tickets, no renegotiation. `certificate_chain_pem`: leaf first.
 
     The caller checks `peer_spiffe_id` after the handshake. Raises ConfigError when the material cannot be used.
     """
@@ -143,8 +146,8 @@ def peer_spiffe_id(
 ) -> SpiffeId:
     """Who is at the other end of a finished handshake; `role` is the peer's, `now_s` Unix seconds.
 
-    Raises InvalidIdentity with the reason; the connection must then close before any byte of it is used. Sessions are
-    never resumed on our listeners, but this holds for a resumed one too: dates are checked against `now_s` each time.
+    Raises InvalidIdentity with the reason; the connection must then close before any byte of it is used. To be called
+    on every connection, resumed ones too (see the module's text); a caller may cache `read_svid`, never this.
     """
     chain = peer_chain_der(ssl_object)
     check_chain_size(chain)
