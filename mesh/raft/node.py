@@ -575,6 +575,8 @@ class Node:
 
     def compact(self, meta: SnapshotMeta) -> int:
         """That snapshot is durable; drop what it replaces. Returns the first index that the store must keep."""
+        if self.log.snapshot is not None and meta.index <= self.log.snapshot.index:
+            return self.log.first_index  # a leader's snapshot overtook it
         first = self.log.trailing_from(
             meta.index, entries=self.config.trailing_entries, data_bytes=self.config.trailing_bytes
         )
