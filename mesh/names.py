@@ -16,6 +16,16 @@ _SPIFFE_SEGMENT = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
 SPIFFE_ID_BYTES_MAX = 2048  # SPIFFE ID specification, section 2.3
 SERVICE_NAME_BYTES_MAX = 255
 _NAMESPACE = "default"  # the only namespace there is; the segment keeps Consul's identities readable
+_UPPER_TO_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
+
+
+def fold(name: str) -> str:
+    """The form in which node, service and check names are compared: ASCII letters in lower case.
+
+    Only ASCII, because what other letters fold to depends on the Unicode version of the running Python, and servers
+    must not differ.
+    """
+    return name.lower() if name.isascii() else name.translate(_UPPER_TO_LOWER)
 
 
 def is_dns_label(name: str) -> bool:

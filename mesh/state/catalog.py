@@ -13,19 +13,10 @@ from mesh.errors import ProtocolError, Refused
 from mesh.model.catalog import Node, Service
 from mesh.model.check import SERF_HEALTH_ID, Check
 from mesh.model.command import Deregister, Register
-from mesh.state.equality import same
+from mesh.model.equality import same
+from mesh.names import fold
 from mesh.state.validation import require_service
-from mesh.state.watch import (
-    CHECKS,
-    NODES,
-    SERVICES,
-    WatchKey,
-    connect_key,
-    fold,
-    node_checks_key,
-    node_key,
-    service_key,
-)
+from mesh.state.watch import CHECKS, NODES, SERVICES, WatchKey, connect_key, node_checks_key, node_key, service_key
 
 RowKey = tuple[str, str]  # folded node name, folded service or check ID
 

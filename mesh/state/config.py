@@ -3,9 +3,10 @@
 from msgspec.structs import replace
 
 from mesh.model.config_entry import ConfigEntry
-from mesh.state.equality import same
+from mesh.model.equality import same
+from mesh.names import fold
 from mesh.state.validation import require_config_entry
-from mesh.state.watch import WatchKey, config_key, config_kind_key, fold
+from mesh.state.watch import WatchKey, config_key, config_kind_key
 
 EntryKey = tuple[str, str]  # kind, folded name
 

@@ -7,8 +7,8 @@ import msgspec
 from msgspec.structs import replace
 
 from mesh.model.config_entry import SERVICE_INTENTIONS, ConfigEntry
+from mesh.model.equality import same
 from mesh.model.intention import WILDCARD, Intention
-from mesh.state.equality import same
 from mesh.state.validation import intentions_of, require_intention
 from mesh.state.watch import (
     INTENTIONS,

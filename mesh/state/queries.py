@@ -31,6 +31,7 @@ from mesh.model.query import (
     MatchIntentions,
     tag_filter,
 )
+from mesh.names import fold
 from mesh.state.catalog import RowKey
 from mesh.state.store import Store
 from mesh.state.watch import (
@@ -43,7 +44,6 @@ from mesh.state.watch import (
     config_key,
     config_kind_key,
     connect_key,
-    fold,
     intention_destination_key,
     intention_key,
     intention_source_key,

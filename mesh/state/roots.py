@@ -5,7 +5,7 @@ from msgspec.structs import replace
 from mesh.errors import Refused
 from mesh.model.ca import CaRoot, CaRoots
 from mesh.model.command import CaRootsSet
-from mesh.state.equality import same
+from mesh.model.equality import same
 from mesh.state.watch import ROOTS, WatchKey
 
 

@@ -20,10 +20,11 @@ from mesh.model.check import Check
 from mesh.model.config_entry import ConfigEntry
 from mesh.model.intention import Intention
 from mesh.model.kv import KvEntry
+from mesh.names import fold
 from mesh.state.intentions import IntentionEntry, IntentionTable
 from mesh.state.kv import KvTable
 from mesh.state.store import Store
-from mesh.state.watch import WatchKey, fold
+from mesh.state.watch import WatchKey
 from mesh.wire import WIRE_BYTES_MAX, Codec
 
 MAGIC = b"mesh state "

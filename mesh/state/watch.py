@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from mesh.errors import LimitExceeded
+from mesh.names import fold
 
 WatchKey = tuple[str, ...]
 
@@ -21,17 +22,6 @@ SERVICES: WatchKey = ("services",)
 CHECKS: WatchKey = ("checks",)
 INTENTIONS: WatchKey = ("intentions",)
 ROOTS: WatchKey = ("roots",)
-
-_UPPER_TO_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
-
-
-def fold(name: str) -> str:
-    """The form in which node, service and check names are compared: ASCII letters in lower case.
-
-    Only ASCII, because what other letters fold to depends on the Unicode version of the running Python, and servers
-    must not differ.
-    """
-    return name.lower() if name.isascii() else name.translate(_UPPER_TO_LOWER)
 
 
 def node_key(name: str) -> WatchKey:

@@ -1,0 +1,86 @@
+"""Who may call whom: intentions by precedence, else the default policy.
+
+Precedence (9 both names exact, 8 any source, 6 any destination, 5 any to any) leaves no ties between valid rules, as
+a source and a destination have one rule. Names are compared exactly and as whole strings, as identities are.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import msgspec
+
+from mesh.model.intention import WILDCARD, Intention, IntentionAction
+
+DEFAULT_BY_ACLS = "Default behavior configured by ACLs"
+DEFAULT_BY_POLICY = "Default intention policy"  # when default_intention_policy is configured
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """Whether a connection may be made, and why; `intention` is the rule that decided, None when the default did."""
+
+    allowed: bool
+    reason: str
+    intention: Intention | None = None
+
+
+class SourceRule(Protocol):
+    """A rule of one destination: `source` is a service or `*`; an `action` of None (L7 permissions) does not allow."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def action(self) -> IntentionAction | None: ...
+
+
+def authorize(
+    intentions: Iterable[Intention],
+    *,
+    source: str,
+    destination: str,
+    default_allow: bool,
+    default_reason: str = DEFAULT_BY_ACLS,
+) -> Decision:
+    """Decides a connection between two services. Rules with L7 permissions never allow one: they need its requests."""
+    matching = [
+        rule for rule in intentions if rule.source in (source, WILDCARD) and rule.destination in (destination, WILDCARD)
+    ]
+    if not matching:
+        return Decision(default_allow, default_reason)
+    rule = max(matching, key=lambda one: (one.precedence, one.action != "allow"))  # among equals refuse
+    if rule.permissions or rule.action is None:
+        return Decision(False, f"Matched L7 intention: {describe(rule)}", rule)
+    return Decision(rule.action == "allow", f"Matched L4 intention: {describe(rule)}", rule)
+
+
+def describe(rule: Intention) -> str:
+    """One line of text: names, ID when it has one, precedence and what it does."""
+    identifier = f"ID: {rule.intention_id}, " if rule.intention_id else ""
+    does = f"Permissions: {len(rule.permissions)}" if rule.permissions else f"Action: {str(rule.action).upper()}"
+    return f"default/{rule.source} => default/{rule.destination} ({identifier}Precedence: {rule.precedence}, {does})"
+
+
+class L4Policy:
+    """The rules of one destination, compiled: deciding a source is one dict lookup."""
+
+    __slots__ = ("_allowed", "_otherwise")
+
+    def __init__(self, rules: Iterable[SourceRule], *, default_allow: bool) -> None:
+        """`rules` are those whose destination is this service or `*`, highest precedence first."""
+        self._allowed: dict[str, bool] = {}
+        self._otherwise = default_allow
+        for rule in rules:
+            allows = rule.action == "allow" and not getattr(rule, "permissions", ())
+            if rule.source == WILDCARD:
+                self._otherwise = allows
+                break  # it decides for everyone; what follows has lower precedence
+            self._allowed.setdefault(rule.source, allows)
+
+    def allows(self, source: str) -> bool:
+        """Whether the service may connect."""
+        return self._allowed.get(source, self._otherwise)
+
+
+def authorize_l4(rules: Iterable[SourceRule], *, source: str, default_allow: bool) -> bool:
+    """Whether the source may connect to the destination of the rules, which come highest precedence first."""
+    return L4Policy(rules, default_allow=default_allow).allows(source)
