@@ -19,8 +19,9 @@ CONSUL_SERVICE_ID = "consul"  # kept by the leader on every server, as serfHealt
 def same_node(one: Node, other: Node) -> bool:
     """Whether both rows say the same, indexes and the case of the name aside."""
     return same(
-        replace(one, node="", create_index=0, modify_index=0), replace(other, node="", create_index=0, modify_index=0)
-    ) and (fold(one.node) == fold(other.node))
+        replace(one, node=fold(one.node), create_index=0, modify_index=0),
+        replace(other, node=fold(other.node), create_index=0, modify_index=0),
+    )
 
 
 def same_service(one: Service, other: Service) -> bool:
@@ -75,10 +76,8 @@ def plan(
         if known is not None and service.enable_tag_override:
             service = replace(service, tags=known.tags)
         if known is None or not same_service(service, known):
-            its_checks = [
-                check_id for check_id, check in changed_checks.items() if fold(check.service_id) == service_id
-            ]
-            its_rows = tuple(changed_checks.pop(check_id) for check_id in its_checks)
+            its_ids = [one for one, check in changed_checks.items() if fold(check.service_id) == service_id]
+            its_rows = tuple(changed_checks.pop(one) for one in its_ids)
             commands.append(Register(node, service, its_rows, skip_node_update=True))
 
     for check_id, known_check in sorted(known_checks.items()):

@@ -49,8 +49,9 @@ def authorize(
         return Decision(default_allow, default_reason)
     rule = max(matching, key=lambda one: (one.precedence, one.action != "allow"))  # among equals refuse
     if rule.permissions or rule.action is None:
-        return Decision(False, f"Matched L7 intention: {describe(rule)}", rule)
-    return Decision(rule.action == "allow", f"Matched L4 intention: {describe(rule)}", rule)
+        return Decision(allowed=False, reason=f"Matched L7 intention: {describe(rule)}", intention=rule)
+    text = f"Matched L4 intention: {describe(rule)}"
+    return Decision(allowed=rule.action == "allow", reason=text, intention=rule)
 
 
 def describe(rule: Intention) -> str:

@@ -36,7 +36,14 @@ class Fsm:
             ok = self.store.apply(index, COMMAND_CODEC.decode(data), changed)
         except (Refused, ProtocolError) as error:
             return Rejected(index, str(error))
-        self._changed |= changed
+        except MemoryError:
+            raise  # this server's trouble, not the entry's: others apply it, so this one must stop
+        except Exception as error:
+            # A defect of ours. Every server meets it in the same state and does the same, so they stay equal; stopping
+            # would stop all of them, and again after each restart, for as long as the entry is in the log.
+            return Rejected(index, f"entry {index} cannot be applied: {type(error).__name__} (a defect; report it)")
+        finally:
+            self._changed |= changed
         return Applied(index, ok)
 
     def take_changes(self) -> tuple[WatchKey, ...]:
