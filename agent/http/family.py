@@ -1,0 +1,30 @@
+"""What every family over replicated state does: check the datacenter, read, filter, answer."""
+
+from dataclasses import dataclass
+
+from agent.backend import Backend
+from agent.http.request import ApiRequest
+from mesh.model.query import AnswerT, Asks, ReadMeta, ReadOptions
+
+
+@dataclass(frozen=True)
+class ReadResult:
+    """How a read was made and how fresh its answer is: what the response headers say."""
+
+    meta: ReadMeta
+    options: ReadOptions
+
+
+class StateFamily:
+    """A family of the API over the cluster's state, asked through the backend."""
+
+    def __init__(self, backend: Backend, datacenter: str) -> None:
+        self._backend = backend
+        self._datacenter = datacenter
+
+    async def _read(self, request: ApiRequest, query: Asks[AnswerT]) -> tuple[AnswerT, ReadResult]:
+        """Runs a query as the request's parameters say. Raises InvalidRequest, Unreachable, NoLeader."""
+        request.check_datacenter(self._datacenter)
+        options = request.read_options()
+        answer = await self._backend.read(query, options)
+        return answer.value, ReadResult(answer.meta, options)
