@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Awaitable, Callable
+from typing import cast
 
 import trio
 
@@ -95,18 +96,17 @@ class ServerBackend:
 
     async def peer_addresses(self) -> tuple[str, ...]:
         """See Backend."""
-        addresses = {server.node_id: server.address for server in self._raft.status().voters}
-        return tuple(sorted(self._current_address(node_id, text) for node_id, text in addresses.items()))
+        voters = self._raft.status.voters
+        return tuple(sorted(self._current_address(node_id, text) for node_id, text in voters.items()))
 
     def resolve(self, node_id: str) -> Address | None:
         """Where the server with that ID listens: as gossip says, else as Raft's configuration says."""
         server = self._servers.get(node_id)
         if server is not None and not server.left:
             return server.address
-        for voter in self._raft.status().voters:
-            if voter.node_id == node_id:
-                return split_address(voter.address)
-        return None
+        status = self._raft.status
+        configured = status.voters.get(node_id) or status.learners.get(node_id)
+        return None if configured is None else split_address(configured)
 
     def _current_address(self, node_id: str, configured: str) -> str:
         address = self.resolve(node_id)
@@ -129,8 +129,7 @@ class ServerBackend:
                 return RESULT_CODEC.encode(await self._apply(command, forwarded=forwarded))
             case ReadCall(query, options, forwarded):
                 self._metrics.count("consul.rpc.query")
-                # Each kind of query has its own answer type; here it only passes through.
-                asked: Asks[object] = query
+                asked = cast(Asks[object], query)  # each kind has its own answer type; here it only passes through
                 return encode_answer(asked, await self._read(asked, options, forwarded=forwarded))
             case SignLeafCall(csr_der, forwarded):
                 return LEAF_ANSWERS.encode(await self._sign(csr_der, forwarded=forwarded))
@@ -156,10 +155,16 @@ class ServerBackend:
                     raise
                 await hold.pause(error)
 
+    async def apply_here(self, command: Command) -> CommandResult:
+        """As `apply`, but only while this server leads. Raises NotLeader at once when it does not."""
+        if not self._leadership.is_leader:
+            raise NotLeader(self._leadership.leader_id)
+        return await self._propose(COMMAND_CODEC.encode(command))
+
     async def _propose(self, data: bytes) -> CommandResult:
         started = trio.current_time()
         with trio.move_on_after(RPC_TIMEOUT_S):
-            result = await self._raft.propose(data)
+            result = cast(CommandResult, await self._raft.propose(data))
             self._metrics.sample("consul.raft.apply.time", (trio.current_time() - started) * 1000)
             self._metrics.count("consul.raft.apply")
             return result
@@ -196,7 +201,10 @@ class ServerBackend:
 
     def _last_contact_s(self) -> float:
         """Seconds since this server knew itself level with a leader; 0 on the leader."""
-        return 0.0 if self._leadership.is_leader else self._raft.status().last_contact_s
+        if self._leadership.is_leader:
+            return 0.0
+        contact_s = self._raft.status.last_contact_s
+        return math.inf if contact_s is None else contact_s
 
     async def _read_here(self, query: Asks[AnswerT], options: ReadOptions, until: float) -> Answer[AnswerT]:
         while True:

@@ -5,10 +5,12 @@ answers in one burst: beyond a first batch, sleepers are woken a batch at a time
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import trio
 
+from mesh.model.command import CommandResult
+from mesh.state.fsm import Fsm
 from mesh.state.watch import EVERYTHING, WatchKey, WatchRegistry
 
 WAKE_BATCH = 128
@@ -71,3 +73,26 @@ class Watches:
     def wake_everyone(self) -> None:
         """Has every waiting task look again: leadership changed, so may have who may answer it."""
         self._registry.notify((EVERYTHING,))
+
+
+class WatchedState:
+    """The state machine that Raft applies to: `Fsm`, with everyone told who waits for what changed."""
+
+    def __init__(self, fsm: Fsm, registry: WatchRegistry) -> None:
+        self._fsm = fsm
+        self._registry = registry
+
+    def apply(self, index: int, data: bytes) -> CommandResult:
+        """See Fsm."""
+        result = self._fsm.apply(index, data)
+        self._registry.notify(self._fsm.take_changes())
+        return result
+
+    def snapshot(self) -> Callable[[], Iterable[bytes]]:
+        """See Fsm."""
+        return self._fsm.snapshot()
+
+    def restore(self, index: int, chunks: Iterable[bytes]) -> None:
+        """See Fsm."""
+        self._fsm.restore(index, chunks)
+        self._registry.notify(self._fsm.take_changes())
