@@ -87,7 +87,9 @@ class Cluster:
         self.drivers[node_id], self.histories[node_id] = driver, history
         return driver
 
-    async def _run(self, node_id: str, driver: RaftDriver, store: RaftStore, task_status: trio.TaskStatus[None]) -> None:
+    async def _run(
+        self, node_id: str, driver: RaftDriver, store: RaftStore, task_status: trio.TaskStatus[None]
+    ) -> None:
         try:
             with trio.CancelScope() as scope:
                 self.scopes[node_id] = scope
