@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from agent.backend import Backend
-from agent.http.request import ApiRequest
+from agent.http.request import ApiRequest, ApiResponse, json_response, query_headers
 from mesh.model.query import AnswerT, Asks, ReadMeta, ReadOptions
 
 
@@ -13,6 +13,15 @@ class ReadResult:
 
     meta: ReadMeta
     options: ReadOptions
+
+    @property
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """X-Consul-Index and its companions."""
+        return query_headers(self.meta, self.options)
+
+    def response(self, value: object) -> ApiResponse:
+        """The value as JSON, with the headers."""
+        return json_response(value, headers=self.headers)
 
 
 class StateFamily:

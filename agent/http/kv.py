@@ -10,7 +10,6 @@ from agent.http.request import (
     ApiResponse,
     Route,
     json_response,
-    query_headers,
     require_applied,
 )
 from agent.http.shapes import kv_shape
@@ -50,16 +49,16 @@ class KvApi(StateFamily):
         if params.has("keys"):
             separator = params.get("separator") or params.get("seperator")  # Consul accepts the misspelling
             names, result = await self._read(request, ListKvKeys(prefix=key, separator=separator))
-            headers = query_headers(result.meta, result.options)
+            headers = result.headers
             return json_response(list(names), headers=headers) if names else ApiResponse(404, headers=headers)
         if params.has("recurse"):
             rows, result = await self._read(request, ListKv(prefix=key))
-            headers = query_headers(result.meta, result.options)
+            headers = result.headers
             shapes = [kv_shape(row) for row in rows]
             return json_response(shapes, headers=headers) if shapes else ApiResponse(404, headers=headers)
         _require_key(key)
         entry, result = await self._read(request, GetKv(key=key))
-        headers = query_headers(result.meta, result.options)
+        headers = result.headers
         if entry is None:
             return ApiResponse(404, headers=headers)
         if params.has("raw"):

@@ -118,11 +118,6 @@ def index_header(index: int) -> tuple[tuple[str, str], ...]:
     return (("X-Consul-Index", str(max(1, index))),)
 
 
-def read_response(value: object, meta: ReadMeta, options: ReadOptions) -> ApiResponse:
-    """A read of replicated state as JSON, with its headers."""
-    return json_response(value, headers=query_headers(meta, options))
-
-
 def require_applied(result: CommandResult) -> bool:
     """Whether the command took effect (False: its compare-and-set did not). Raises Refused with the reason."""
     if isinstance(result, Rejected):
