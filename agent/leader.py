@@ -7,11 +7,11 @@ import logging
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Protocol
 
 import trio
 from msgspec.structs import replace
 
+from agent.ca_duties import CertificateAuthority
 from agent.leadership import Leadership
 from agent.membership import ServerList, ServerMember, join_address, parse_server
 from agent.raft_driver import RaftDriver
@@ -26,7 +26,6 @@ from mesh.gossip.events import (
     MemberUpdated,
 )
 from mesh.gossip.members import Member
-from mesh.model.ca import IssuedLeaf
 from mesh.model.catalog import Node, Service
 from mesh.model.check import SERF_HEALTH_ID, SERF_HEALTH_NAME, Check, CheckStatus
 from mesh.model.command import Command, Deregister, Register, Rejected, TombstonesReap
@@ -49,18 +48,6 @@ SERVERS_MIN = 3  # dead servers are removed only while at least this many (or bo
 ALIVE_OUTPUT = "Agent alive and reachable"  # clients and dashboards know these two texts
 FAILED_OUTPUT = "Agent not live or unreachable"
 SERVER_SERVICE = "consul"
-
-
-class Authority(Protocol):
-    """The leader's certificate authority, see `agent.ca_duties`."""
-
-    async def initialise(self) -> None:
-        """Makes sure that the cluster has a root; idempotent."""
-        ...
-
-    async def sign_leaf(self, csr_der: bytes) -> IssuedLeaf:
-        """Signs."""
-        ...
 
 
 def serf_health(node: str, status: CheckStatus) -> Check:
@@ -310,7 +297,7 @@ class LeaderDuties:
         store: Store,
         catalog: CatalogReconciler,
         voters: VoterReconciler,
-        authority: Authority,
+        authority: CertificateAuthority,
     ) -> None:
         self._leadership = leadership
         self._backend = backend
@@ -354,8 +341,8 @@ class LeaderDuties:
             nursery.start_soon(self._run_voters)
             nursery.start_soon(self._run_catalog)
             nursery.start_soon(self._reap_tombstones)
-            await self._retrying("initialising the certificate authority", self._authority.initialise)
-            self._backend.set_signer(self._authority.sign_leaf)
+            await self._retrying("initialising the certificate authority", self._authority.ensure_root)
+            self._backend.set_signer(self._authority.sign)
         self._backend.set_signer(None)
         _LOG.info("cluster leadership lost")
 

@@ -38,9 +38,7 @@ def server_tags(
     return tags | _common_tags(datacenter, node_id, build) | dict(extra or {})
 
 
-def client_tags(
-    *, datacenter: str, node_id: str, build: str, extra: Mapping[str, str] | None = None
-) -> dict[str, str]:
+def client_tags(*, datacenter: str, node_id: str, build: str, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The tags of a client agent."""
     return {"role": CLIENT_ROLE} | _common_tags(datacenter, node_id, build) | dict(extra or {})
 

@@ -298,5 +298,3 @@ async def close_quietly(stream: trio.abc.AsyncResource, *, grace_s: float = 1.0)
             await stream.aclose()
         except (trio.BrokenResourceError, OSError):
             return
-
-
