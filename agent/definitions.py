@@ -470,7 +470,7 @@ def _is_host_port(text: str) -> bool:
 
 
 def check_row(definition: CheckDefinition, *, node: str, service: Service | None, status: CheckStatus) -> Check:
-    """The catalog row of a check that has just been defined."""
+    """The catalog row of a check that has just been defined; how to run it (headers, bodies) stays on this host."""
     return Check(
         node=node,
         check_id=definition.check_id,
@@ -483,7 +483,6 @@ def check_row(definition: CheckDefinition, *, node: str, service: Service | None
         type=definition.type,
         interval=format_duration(definition.interval_s) if definition.interval_s else "",
         timeout=format_duration(definition.timeout_s) if definition.timeout_s else "",
-        definition=definition,
     )
 
 

@@ -116,7 +116,7 @@ UPSTREAM = {"DestinationName": "db", "LocalBindPort": 9}
         ({**PROXY, "Proxy": {"Upstreams": [{**UPSTREAM, "DestinationPeer": "x"}]}}, "not supported yet"),
         ({"Name": "a", "Connect": {"SidecarService": SIDECAR}}, "SidecarService of its own"),
         ({"Name": "a", "Connect": {"SidecarService": {"Kind": "mesh-gateway"}}}, "can only be connect-proxy"),
-        ({"Name": "a", "Connect": {"SidecarService": {"Address": "0.0.0.0"}}}, "SidecarService: Invalid service address"),
+        ({"Name": "a", "Connect": {"SidecarService": {"Address": "0.0.0.0"}}}, "Invalid service address"),
         ({**PROXY, "Proxy": {"DestinationServiceName": "b"}, **SIDECAR}, "only a typical service"),
     ],
 )  # fmt: skip

@@ -1,0 +1,480 @@
+"""What this agent says about its own host: services, checks, and their latest results.
+
+Everything registered through the API is on disk (0600, fsynced) before the caller hears of it, and back after a
+restart; what configuration files define is not kept, as it comes back by itself. All reads are of memory and never
+wait. IDs are folded as in the catalog: `Web` and `web` are one service.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import msgspec
+import trio
+from msgspec.structs import replace
+
+from agent.definitions import SIDECAR_SUFFIX, ServiceDefinition, check_row, with_sidecar_port
+from agent.runtime import Runtime
+from mesh.errors import InvalidRequest, LimitExceeded, NotFound, StorageFailed
+from mesh.model.catalog import Service
+from mesh.model.check import Check, CheckDefinition, CheckStatus
+from mesh.names import fold
+
+Source = Literal["api", "config"]
+
+SERVICES_MAX = 16384  # of one host; each costs memory on every server
+CHECKS_MAX = 4 * SERVICES_MAX
+FILE_BYTES_MAX = 16 * 1024 * 1024
+
+StoredT = TypeVar("StoredT")
+
+_log = logging.getLogger("mesh.local_state")
+
+
+class _StoredService(msgspec.Struct, frozen=True):
+    """A file of `services/`: a service and the checks that came with it."""
+
+    service: Service
+    checks: tuple[CheckDefinition, ...] = ()
+    sidecar_of: str = ""  # ID of the service whose registration made this one
+
+
+class _StoredCheck(msgspec.Struct, frozen=True):
+    """A file of `checks/`: a check registered by itself."""
+
+    definition: CheckDefinition
+
+
+class _StoredResult(msgspec.Struct, frozen=True):
+    """A file of `checks/state/`: what a TTL check was last told, good until `expires_at_s` (Unix seconds)."""
+
+    check_id: str
+    status: CheckStatus
+    output: str
+    expires_at_s: float
+
+
+class _ServiceEntry(msgspec.Struct, frozen=True):
+    stored: _StoredService
+    source: Source
+
+
+class _CheckEntry(msgspec.Struct, frozen=True):
+    definition: CheckDefinition
+    row: Check
+    source: Source
+    with_service: bool  # its definition is kept in its service's file
+
+
+class _Write(msgspec.Struct, frozen=True):
+    """A file to replace, or with None to remove."""
+
+    path: Path
+    data: bytes | None
+
+
+class LocalState:
+    """The services and checks of one agent. Changes are serialised; each calls every subscriber once it is in force."""
+
+    def __init__(
+        self,
+        node_name: str,
+        runtime: Runtime,
+        *,
+        data_dir: Path | None = None,
+        sidecar_ports: tuple[int, int] = (21000, 21255),
+        check_output_bytes_max: int = 4096,
+    ) -> None:
+        """`data_dir` None keeps nothing. `sidecar_ports`: lowest and highest given to sidecars that name none."""
+        self._node_name = node_name
+        self._runtime = runtime
+        self._data_dir = data_dir
+        self._sidecar_ports = sidecar_ports
+        self._check_output_bytes_max = check_output_bytes_max
+        self._services: dict[str, _ServiceEntry] = {}
+        self._checks: dict[str, _CheckEntry] = {}
+        self._restored_expiries: dict[str, float] = {}
+        self._subscribers: dict[object, Callable[[], None]] = {}
+        self._lock = trio.Lock()
+
+    # -- reads
+
+    def services(self) -> tuple[Service, ...]:
+        """By ID ascending."""
+        return tuple(self._services[key].stored.service for key in sorted(self._services))
+
+    def checks(self) -> tuple[Check, ...]:
+        """By ID ascending."""
+        return tuple(self._checks[key].row for key in sorted(self._checks))
+
+    def service(self, service_id: str) -> Service | None:
+        entry = self._services.get(fold(service_id))
+        return entry.stored.service if entry else None
+
+    def check(self, check_id: str) -> Check | None:
+        entry = self._checks.get(fold(check_id))
+        return entry.row if entry else None
+
+    def definition(self, check_id: str) -> CheckDefinition | None:
+        """How the check is run, or None when there is no such check."""
+        entry = self._checks.get(fold(check_id))
+        return entry.definition if entry else None
+
+    def checks_of(self, service_id: str) -> tuple[Check, ...]:
+        """The checks of one service, by ID ascending."""
+        key = fold(service_id)
+        return tuple(check for check in self.checks() if check.service_id and fold(check.service_id) == key)
+
+    def restored_expiry_s(self, check_id: str) -> float | None:
+        """When (Unix seconds) the TTL result restored from disk lapses; None when none was restored."""
+        return self._restored_expiries.get(fold(check_id))
+
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Has `callback` called after every change; it must not wait. Returns what ends the subscription."""
+        token = object()
+        self._subscribers[token] = callback
+
+        def unsubscribe() -> None:
+            self._subscribers.pop(token, None)
+
+        return unsubscribe
+
+    def _notify(self) -> None:
+        for callback in tuple(self._subscribers.values()):
+            callback()
+
+    # -- services
+
+    async def add_service(
+        self, definition: ServiceDefinition, *, source: Source = "api", replace_checks: bool = False
+    ) -> None:
+        """Registers or re-registers a service, its checks and its sidecar, and keeps them.
+
+        Checks that are there already keep their status. Earlier checks of the service that the definition does not
+        name stay, unless `replace_checks`. Raises InvalidRequest, LimitExceeded, StorageFailed; then nothing changed.
+        """
+        async with self._lock:
+            services, checks, gone = self._merged(definition, source, replace_checks=replace_checks)
+            writes = [self._service_write(entry) for entry in services.values()]
+            moved = [key for key, entry in checks.items() if entry.with_service and self._has_own_file(key)]
+            writes += [self._check_write(key, None) for key in (*sorted(gone), *moved)]
+            writes += self._result_removals(sorted(gone))
+            await self._persist(writes)
+            self._services |= services
+            for key in gone:
+                self._drop_check(key)
+            self._checks |= checks
+        self._notify()
+
+    def _merged(
+        self, definition: ServiceDefinition, source: Source, *, replace_checks: bool
+    ) -> tuple[dict[str, _ServiceEntry], dict[str, _CheckEntry], set[str]]:
+        """The entries to put and the check keys to drop. Raises InvalidRequest, LimitExceeded."""
+        parts = [(definition, "")]
+        if definition.sidecar is not None:
+            port = definition.sidecar.service.port or self._sidecar_port(definition.sidecar.service)
+            placed = with_sidecar_port(definition.sidecar, definition.service, port)
+            parts.append((placed, definition.service.service_id))
+        services: dict[str, _ServiceEntry] = {}
+        checks: dict[str, _CheckEntry] = {}
+        gone: set[str] = set()
+        for part, sidecar_of in parts:
+            key = fold(part.service.service_id)
+            rows = {fold(check.check_id): check for check in part.checks}
+            earlier = self._checks_with(key)
+            if replace_checks:
+                gone |= earlier.keys() - rows.keys()
+            for check_key, entry in earlier.items():
+                if check_key not in rows and check_key not in gone:
+                    checks[check_key] = replace(entry, row=_of_service(entry.row, part.service))
+            kept = tuple(entry.definition for key, entry in checks.items() if key in earlier and entry.with_service)
+            for check_key, check in rows.items():
+                self._refuse_foreign(check_key, part.service)
+                checks[check_key] = self._check_entry(check, part.service, source, with_service=True)
+            stored = _StoredService(part.service, (*kept, *part.checks), sidecar_of)
+            services[key] = _ServiceEntry(stored, source)
+        if len(self._services.keys() | services.keys()) > SERVICES_MAX:
+            raise LimitExceeded(f"this agent has {SERVICES_MAX} services, the most it takes; deregister some first")
+        if len(self._checks.keys() | checks.keys()) > CHECKS_MAX:
+            raise LimitExceeded(f"this agent has {CHECKS_MAX} checks, the most it takes; deregister some first")
+        return services, checks, gone
+
+    def _checks_with(self, service_key: str) -> dict[str, _CheckEntry]:
+        return {
+            key: entry
+            for key, entry in sorted(self._checks.items())
+            if entry.definition.service_id and fold(entry.definition.service_id) == service_key
+        }
+
+    def _refuse_foreign(self, check_key: str, service: Service) -> None:
+        entry = self._checks.get(check_key)
+        if entry is None or fold(entry.definition.service_id) == fold(service.service_id):
+            return
+        owner = f"service {entry.definition.service_id!r}" if entry.definition.service_id else "the node"
+        raise InvalidRequest(f"Invalid check: the ID {entry.definition.check_id!r} is used by a check of {owner}")
+
+    def _sidecar_port(self, sidecar: Service) -> int:
+        """The port it already has, else the lowest that no service of this agent uses. Raises InvalidRequest."""
+        known = self.service(sidecar.service_id)
+        if known is not None and known.port:
+            return known.port
+        taken = {entry.stored.service.port for entry in self._services.values()}
+        low, high = self._sidecar_ports
+        for port in range(low, high + 1):
+            if port not in taken:
+                return port
+        raise InvalidRequest(f"Invalid SidecarService: none of the ports {low} to {high} is left; name one")
+
+    async def remove_service(self, service_id: str) -> None:
+        """Forgets a service, its checks, and the sidecar that came with it. Raises NotFound, StorageFailed."""
+        async with self._lock:
+            key = fold(service_id)
+            if key not in self._services:
+                raise NotFound(
+                    f'Unknown service ID "{service_id}". Ensure that the service ID is passed, not the service name.'
+                )
+            keys = [key]
+            sidecar = self._services.get(fold(service_id + SIDECAR_SUFFIX))
+            if sidecar is not None and fold(sidecar.stored.sidecar_of) == key:
+                keys.append(fold(sidecar.stored.service.service_id))
+            checks = [check_key for each in keys for check_key in self._checks_with(each)]
+            writes = [_Write(self._path("services", each), None) for each in keys]
+            writes += [self._check_write(check_key, None) for check_key in checks if self._has_own_file(check_key)]
+            await self._persist([*writes, *self._result_removals(checks)])
+            for each in keys:
+                del self._services[each]
+            for check_key in checks:
+                self._drop_check(check_key)
+        self._notify()
+
+    # -- checks
+
+    async def add_check(self, definition: CheckDefinition, *, source: Source = "api") -> None:
+        """Registers or re-registers a check by itself and keeps it; it keeps a status that it has already.
+
+        Raises NotFound for a service ID that is not registered here, InvalidRequest, LimitExceeded, StorageFailed.
+        """
+        async with self._lock:
+            service = self.service(definition.service_id) if definition.service_id else None
+            if definition.service_id and service is None:
+                raise NotFound(f'ServiceID "{definition.service_id}" does not exist')
+            if service is not None:
+                definition = replace(definition, service_id=service.service_id)
+            key = fold(definition.check_id)
+            if len(self._checks.keys() | {key}) > CHECKS_MAX:
+                raise LimitExceeded(f"this agent has {CHECKS_MAX} checks, the most it takes; deregister some first")
+            earlier = self._checks.get(key)
+            entry = self._check_entry(definition, service, source, with_service=False)
+            writes = [self._check_write(key, entry)]
+            owner = self._without_check(earlier) if earlier else None
+            if owner is not None:
+                writes.append(self._service_write(owner))
+            await self._persist(writes)
+            if owner is not None:
+                self._services[fold(owner.stored.service.service_id)] = owner
+            self._checks[key] = entry
+        self._notify()
+
+    async def remove_check(self, check_id: str) -> None:
+        """Forgets a check. Raises NotFound, StorageFailed."""
+        async with self._lock:
+            key = fold(check_id)
+            entry = self._checks.get(key)
+            if entry is None:
+                raise NotFound(
+                    f'Unknown check ID "{check_id}". Ensure that the check ID is passed, not the check name.'
+                )
+            owner = self._without_check(entry)
+            writes = [self._check_write(key, None), *self._result_removals([key])]
+            if owner is not None:
+                writes.append(self._service_write(owner))
+            await self._persist(writes)
+            if owner is not None:
+                self._services[fold(owner.stored.service.service_id)] = owner
+            self._drop_check(key)
+        self._notify()
+
+    def update_check(self, check_id: str, *, status: CheckStatus, output: str) -> None:
+        """Notes a result; output beyond the check's limit is cut. A check that is gone by now is left alone."""
+        key = fold(check_id)
+        entry = self._checks.get(key)
+        if entry is None:
+            return
+        limit = self._check_output_bytes_max
+        if entry.definition.output_bytes_max:
+            limit = min(limit, entry.definition.output_bytes_max)
+        row = replace(entry.row, status=status, output=cut_output(output, limit))
+        if row != entry.row:
+            self._checks[key] = replace(entry, row=row)
+            self._notify()
+
+    async def keep_result(self, check_id: str, *, expires_at_s: float) -> None:
+        """Keeps a TTL check's latest result for a restart before `expires_at_s` (Unix seconds).
+
+        Not fsynced: losing it in a crash costs one round of the application's heartbeat. Raises StorageFailed.
+        """
+        entry = self._checks.get(fold(check_id))
+        if entry is None or self._data_dir is None:
+            return
+        result = _StoredResult(entry.row.check_id, entry.row.status, entry.row.output, expires_at_s)
+        write = _Write(self._path("checks/state", fold(check_id)), msgspec.json.encode(result))
+        await self._persist([write], durable=False)
+
+    def _check_entry(
+        self, definition: CheckDefinition, service: Service | None, source: Source, *, with_service: bool
+    ) -> _CheckEntry:
+        row = check_row(definition, node=self._node_name, service=service, status=definition.status or "critical")
+        earlier = self._checks.get(fold(definition.check_id))
+        # Registering a service again must not flap its health; a check registered by itself may set its status anew.
+        if earlier is not None and (with_service or not definition.status):
+            row = replace(row, status=earlier.row.status, output=earlier.row.output)
+        return _CheckEntry(definition, row, source, with_service)
+
+    def _without_check(self, entry: _CheckEntry) -> _ServiceEntry | None:
+        """The entry of the service whose file holds the check, without it; None when no file does."""
+        if not entry.with_service:
+            return None
+        owner = self._services[fold(entry.definition.service_id)]
+        key = fold(entry.definition.check_id)
+        checks = tuple(check for check in owner.stored.checks if fold(check.check_id) != key)
+        return replace(owner, stored=replace(owner.stored, checks=checks))
+
+    def _drop_check(self, key: str) -> None:
+        self._checks.pop(key, None)
+        self._restored_expiries.pop(key, None)
+
+    # -- disk
+
+    def _path(self, folder: str, key: str) -> Path:
+        # IDs hold any characters, slashes too; a hash makes a file name of each.
+        name = hashlib.sha256(key.encode()).hexdigest()
+        return (self._data_dir or Path()) / folder / f"{name}.json"
+
+    def _service_write(self, entry: _ServiceEntry) -> _Write:
+        path = self._path("services", fold(entry.stored.service.service_id))
+        return _Write(path, msgspec.json.encode(entry.stored) if entry.source == "api" else None)
+
+    def _check_write(self, key: str, entry: _CheckEntry | None) -> _Write:
+        kept = entry is not None and entry.source == "api"
+        data = msgspec.json.encode(_StoredCheck(entry.definition)) if kept and entry is not None else None
+        return _Write(self._path("checks", key), data)
+
+    def _has_own_file(self, check_key: str) -> bool:
+        entry = self._checks.get(check_key)
+        return entry is not None and not entry.with_service and entry.source == "api"
+
+    def _result_removals(self, check_keys: Iterable[str]) -> list[_Write]:
+        return [_Write(self._path("checks/state", key), None) for key in check_keys]
+
+    async def _persist(self, writes: Sequence[_Write], *, durable: bool = True) -> None:
+        if self._data_dir is None or not writes:
+            return
+        # Not abandoned when the caller is cancelled: disk and memory change together.
+        await trio.to_thread.run_sync(_write_all, writes, durable)
+
+    async def restore(self) -> None:
+        """Loads what was kept. A file that cannot be understood is logged and left alone. Raises StorageFailed."""
+        if self._data_dir is None:
+            return
+        services, checks, results = await trio.to_thread.run_sync(_read_all, self._data_dir)
+        for stored in services:
+            key = fold(stored.service.service_id)
+            self._services[key] = _ServiceEntry(stored, "api")
+            for check in stored.checks:
+                entry = self._check_entry(check, stored.service, "api", with_service=True)
+                self._checks[fold(check.check_id)] = entry
+        for stored_check in checks:
+            definition = stored_check.definition
+            service = self.service(definition.service_id) if definition.service_id else None
+            if definition.service_id and service is None:
+                _log.warning("check %s: its service %s is gone; dropped", definition.check_id, definition.service_id)
+                continue
+            entry = self._check_entry(definition, service, "api", with_service=False)
+            self._checks[fold(definition.check_id)] = entry
+        self._restore_results(results)
+        self._notify()
+
+    def _restore_results(self, results: Iterable[_StoredResult]) -> None:
+        now_s = self._runtime.unix_time_s()
+        for result in results:
+            key = fold(result.check_id)
+            entry = self._checks.get(key)
+            # A clock set back must not stretch a result beyond one TTL.
+            if entry is None or not now_s < result.expires_at_s <= now_s + entry.definition.ttl_s:
+                continue
+            row = replace(entry.row, status=result.status, output=result.output)
+            self._checks[key] = replace(entry, row=row)
+            self._restored_expiries[key] = result.expires_at_s
+
+
+def _of_service(row: Check, service: Service) -> Check:
+    return replace(row, service_name=service.service, service_tags=service.tags)
+
+
+def cut_output(output: str, bytes_max: int) -> str:
+    """The output as it stands, or its first `bytes_max` bytes and a note on how many there were."""
+    data = output.encode("utf-8", "replace")
+    if len(data) <= bytes_max:
+        return output
+    return f"{data[:bytes_max].decode('utf-8', 'ignore')} ... (captured {bytes_max} of {len(data)} bytes)"
+
+
+def _write_all(writes: Sequence[_Write], durable: bool) -> None:  # noqa: FBT001  (to_thread passes positionally)
+    """Each file is replaced in one step: a crash leaves the old or the new one. Raises StorageFailed."""
+    folders: set[Path] = set()
+    for write in writes:
+        try:
+            if write.data is None:
+                if not write.path.exists():
+                    continue
+                write.path.unlink()
+            else:
+                write.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                temporary = write.path.with_suffix(".tmp")
+                descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+                with open(descriptor, "wb") as file:
+                    file.write(write.data)
+                    file.flush()
+                    if durable:
+                        os.fsync(file.fileno())
+                temporary.replace(write.path)
+        except OSError as error:
+            raise StorageFailed(f"{write.path}: cannot keep the registration: {error.strerror}") from error
+        folders.add(write.path.parent)
+    if durable:
+        for folder in sorted(folders):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _read_all(
+    data_dir: Path,
+) -> tuple[list[_StoredService], list[_StoredCheck], list[_StoredResult]]:
+    return (
+        _read_folder(data_dir / "services", msgspec.json.Decoder(_StoredService)),
+        _read_folder(data_dir / "checks", msgspec.json.Decoder(_StoredCheck)),
+        _read_folder(data_dir / "checks" / "state", msgspec.json.Decoder(_StoredResult)),
+    )
+
+
+def _read_folder(folder: Path, decoder: "msgspec.json.Decoder[StoredT]") -> list[StoredT]:
+    """What the folder's files hold, by file name. Raises StorageFailed when one cannot be read."""
+    values: list[StoredT] = []
+    try:
+        paths = sorted(folder.glob("*.json")) if folder.exists() else []
+        for path in paths:
+            with path.open("rb") as file:
+                data = file.read(FILE_BYTES_MAX)
+            try:
+                values.append(decoder.decode(data))
+            except (msgspec.DecodeError, RecursionError) as error:
+                _log.error("%s: cannot be understood and was not restored: %s", path, error)
+    except OSError as error:
+        raise StorageFailed(f"{folder}: cannot read what was registered before: {error.strerror}") from error
+    return values
