@@ -70,6 +70,9 @@ from mesh.gossip.wire_error import WireError
 
 # Above this many members the full-state exchange becomes rarer, one interval more for each doubling.
 _PUSH_PULL_SCALE_FROM = 32
+# A newcomer exchanges state again after so many probe intervals: while many join at once, rumours about some die out
+# before all have heard them, and the next regular exchange may be minutes away (memberlist needs 95 s for 2,000 nodes).
+_SETTLE_INTERVALS = (2.0, 5.0, 10.0)
 # Part of each packet kept for the layer above when it has something to say, or churn would starve it (memberlist #299).
 _USER_SHARE = 0.2
 
@@ -233,6 +236,9 @@ class GossipNode:
         self._now = now
         if self._life == "running":
             self._announce_presence()
+            for intervals in _SETTLE_INTERVALS:
+                delay_s = self._config.probe_interval_s * intervals * (0.75 + self._rng.random() / 2)
+                self._timers.schedule(now + delay_s, self._push_pull)
 
     def set_tags(self, tags: Mapping[str, str], now: float) -> None:
         """Replaces the local tags and tells the pool. Raises LimitExceeded above 512 encoded bytes."""
@@ -484,6 +490,9 @@ class GossipNode:
 
     def _push_pull_round(self, now: float) -> None:
         self._timers.schedule(now + self._push_pull_interval_s(), self._push_pull_round)
+        self._push_pull(now)
+
+    def _push_pull(self, now: float) -> None:
         if self._life != "running":
             return
         for record in self._membership.random_nodes(1, lambda peer: peer.state == NodeState.ALIVE):
