@@ -32,11 +32,11 @@ class Running:
         self.cluster = cluster
         self.backend = cluster.backend
         self._scope = scope
-        self._ended = ended
+        self.ended = ended
 
     async def kill(self) -> None:
         self._scope.cancel()
-        await self._ended.wait()
+        await self.ended.wait()
 
     async def leave(self) -> None:
         await self.cluster.leave()
@@ -99,7 +99,11 @@ class World:
         return agent
 
     def servers(self) -> list[Running]:
-        return [one for one in self.agents.values() if isinstance(one.cluster, ServerCluster) and not one._ended.is_set()]
+        return [
+            one
+            for one in self.agents.values()
+            if isinstance(one.cluster, ServerCluster) and not one.ended.is_set()
+        ]
 
     def leader(self) -> Running | None:
         leaders = [one for one in self.servers() if one.cluster.leadership.is_leader]

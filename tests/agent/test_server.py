@@ -54,7 +54,7 @@ async def test_a_blocking_query_wakes_on_a_write_made_elsewhere():
             before = len(leader.cluster.watches)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(block)
-                await until(lambda before=before: len(leader.cluster.watches) > before)
+                await until(lambda before=before, leader=leader: len(leader.cluster.watches) > before)
                 assert not seen
                 await second.backend.apply(KvSet("other", b"x"))
                 value = b"new for " + reader.cluster.node_id.encode()

@@ -1,0 +1,238 @@
+"""The composition root: builds every part of one agent, starts them in order, and stops them in order."""
+
+import logging
+import signal
+import ssl
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import trio
+
+from agent.backend import Backend
+from agent.cluster import ClientCluster, ServerCluster, open_server
+from agent.config import PORT_OFF, AgentConfig, node_id, prepare_data_dir
+from agent.http.catalog import CatalogApi
+from agent.http.config_entries import ConfigApi
+from agent.http.connect_ca import ConnectCaApi
+from agent.http.connection import HttpLimits, HttpSettings
+from agent.http.health import HealthApi
+from agent.http.intentions import IntentionsApi
+from agent.http.kv import KvApi
+from agent.http.request import Route
+from agent.http.server import HttpServer, TcpListen, UnixListen
+from agent.http.status import StatusApi
+from agent.join import join_at_start, retry_join, without_own
+from agent.membership import join_address
+from agent.process import locked_data_dir, notify_systemd, stop_signals
+from agent.runtime import Runtime
+from agent.telemetry import Metrics, set_up_logging
+from agent.version import CONSUL_API_VERSION, VERSION
+from mesh.errors import ConfigError, MeshError
+
+_LOG = logging.getLogger("mesh.agent")
+
+STOP_DEADLINE_S = 9.0  # from the first signal to the end, whatever does not answer
+HTTP_DRAIN_S = 1.0
+_CONSUL_DNS_PORT = 8600
+_UNIX_PREFIX = "unix://"
+
+
+async def run_agent(config: AgentConfig, runtime: Runtime) -> int:
+    """Runs one agent until a signal or `/v1/agent/leave` ends it; returns the exit status.
+
+    0 after an orderly stop. 1 when it could not start (one line on standard error names the key, address or path) or
+    when a part that must be right was not: its reason is logged and on standard error.
+    """
+    set_up_logging(config.log_level, as_json=config.log_json)
+    try:
+        prepare_data_dir(config)
+        with locked_data_dir(config.data_dir):
+            return await Agent(config, runtime, node_id=node_id(config, runtime.new_uuid)).run()
+    except* ConfigError as group:
+        _say_why(_first(group))
+    except* Exception as group:
+        _LOG.critical("the agent stops: %s", _first(group), exc_info=group)
+        _say_why(_first(group))
+    return 1
+
+
+def _say_why(error: BaseException) -> None:
+    text = str(error) or type(error).__name__
+    if not isinstance(error, MeshError):
+        text = f"internal error: {type(error).__name__}: {text}"
+    print(f"mesh agent: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+class Agent:
+    """One agent of either role."""
+
+    def __init__(self, config: AgentConfig, runtime: Runtime, *, node_id: str) -> None:
+        self._config = config
+        self._runtime = runtime
+        self._node_id = node_id
+        self.metrics = Metrics(runtime.unix_time_s)
+        self._stop_asked = trio.Event()
+        self._has_left = False
+        self._cluster: ServerCluster | ClientCluster
+
+    @property
+    def _backend(self) -> Backend:
+        return self._cluster.backend
+
+    async def run(self) -> int:
+        """See `run_agent`. Raises ConfigError and whatever breaks a part that must not break."""
+        with stop_signals() as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._obey, signals, nursery.cancel_scope)
+                await self._serve()
+                nursery.cancel_scope.cancel()
+        return 0
+
+    async def _serve(self) -> None:
+        """Starts every part, waits for the end, and stops them in the opposite order."""
+        config = self._config
+        self._cluster = await self._make_cluster()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._cluster.run)
+            http = HttpServer(self._routes(), self._listens(), self._http_settings(), self._runtime)
+            await http.listen()
+            nursery.start_soon(http.run)
+            self._print_banner()
+            notify_systemd("READY=1")
+            await self._join(nursery)
+            await self._stop_asked.wait()
+            notify_systemd("STOPPING=1")
+            await http.drain(HTTP_DRAIN_S)
+            nursery.cancel_scope.cancel()
+        _LOG.info("%s stopped", config.node_name)
+
+    async def _make_cluster(self) -> ServerCluster | ClientCluster:
+        if self._config.server:
+            return await open_server(self._config, self._runtime, self.metrics, node_id=self._node_id)
+        return ClientCluster(self._config, self._runtime, self.metrics, node_id=self._node_id)
+
+    # -- joining
+
+    async def _join(self, nursery: trio.Nursery) -> None:
+        config, gossip = self._config, self._cluster.gossip
+        port = config.ports.serf_lan
+        own = ((config.advertise_address, port), (config.bind_address, port))
+        await join_at_start(gossip, without_own(config.start_join, own, default_port=port))
+        addresses = without_own(config.retry_join, own, default_port=port)
+        nursery.start_soon(self._retry_join, addresses)
+
+    async def _retry_join(self, addresses: Sequence[str]) -> None:
+        config = self._config
+        await retry_join(
+            self._cluster.gossip, addresses, interval_s=config.retry_interval_s, attempts_max=config.retry_max
+        )
+
+    # -- stopping
+
+    async def leave(self) -> None:
+        """Leaves the cluster gracefully; the agent stops once the caller has its answer."""
+        if not self._has_left:
+            self._has_left = True
+            _LOG.info("leaving the cluster")
+            await self._cluster.leave()
+        self._stop_asked.set()
+
+    async def _obey(self, signals: AsyncIterator[signal.Signals], scope: trio.CancelScope) -> None:
+        """The first signal stops the agent in order, within the deadline; the second at once."""
+        config = self._config
+        first = await anext(signals)
+        _LOG.info("caught signal: %s", first.name)
+        scope.deadline = trio.current_time() + STOP_DEADLINE_S
+        async with trio.open_nursery() as nursery:
+            graceful = config.leave_on_terminate if first is signal.SIGTERM else not config.skip_leave_on_interrupt
+            nursery.start_soon(self._leave_and_stop if graceful else self._stop)
+            second = await anext(signals)
+            _LOG.warning("caught signal: %s again; stopping at once", second.name)
+            scope.cancel()
+
+    async def _stop(self) -> None:
+        self._stop_asked.set()
+
+    async def _leave_and_stop(self) -> None:
+        if hasattr(self, "_cluster"):
+            await self.leave()
+        self._stop_asked.set()
+
+    # -- the API
+
+    def _routes(self) -> tuple[Route, ...]:
+        config, backend, datacenter = self._config, self._backend, self._config.datacenter
+        default_allow = config.default_intention_policy == "allow"
+        return (
+            *StatusApi(backend, datacenter).routes(),
+            *CatalogApi(backend, datacenter).routes(),
+            *HealthApi(backend, datacenter).routes(),
+            *KvApi(backend, datacenter, value_bytes_max=config.limits.kv_max_value_size).routes(),
+            *IntentionsApi(backend, datacenter, self._runtime, default_allow=default_allow).routes(),
+            *ConfigApi(backend, datacenter, self._runtime).routes(),
+            *ConnectCaApi(backend, datacenter).routes(),
+        )
+
+    def _http_settings(self) -> HttpSettings:
+        config = self._config
+        return HttpSettings(
+            limits=HttpLimits(connections_per_client=config.limits.http_max_conns_per_client),
+            pretty=config.dev_mode,
+            default_policy=config.default_intention_policy,
+        )
+
+    def _listens(self) -> tuple[TcpListen | UnixListen, ...]:
+        listens: list[TcpListen | UnixListen] = []
+        plain, encrypted = self._config.client_bind("http"), self._config.client_bind("https")
+        if plain is not None:
+            host, port = plain
+            if host.startswith(_UNIX_PREFIX):
+                listens.append(UnixListen("addresses.http", Path(host.removeprefix(_UNIX_PREFIX))))
+            else:
+                listens.append(TcpListen("ports.http", host, port))
+        if encrypted is not None:
+            listens.append(TcpListen("ports.https", encrypted[0], encrypted[1], self._https_context()))
+        return tuple(listens)
+
+    def _https_context(self) -> ssl.SSLContext:
+        files = self._config.tls_https
+        if not files.cert_file:
+            raise ConfigError("ports.https: needs tls.https.cert_file and tls.https.key_file")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
+        context.num_tickets = 0
+        try:
+            context.load_cert_chain(files.cert_file, files.key_file or None)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"tls.https: cannot use {files.cert_file}: {error}") from error
+        return context
+
+    # -- what the user sees
+
+    def _print_banner(self) -> None:
+        config, ports = self._config, self._config.ports
+        bind = config.client_bind("http") or (config.client_address, PORT_OFF)
+        rows = {
+            "Version": f"{VERSION} (Consul API {CONSUL_API_VERSION})",
+            "Node ID": self._node_id,
+            "Node name": config.node_name,
+            "Datacenter": config.datacenter,
+            "Server": f"true (bootstrap_expect: {config.bootstrap_expect})" if config.server else "false",
+            "Client addr": f"{bind[0]} (HTTP: {ports.http}, HTTPS: {ports.https})",
+            "Cluster addr": f"{join_address((config.advertise_address, ports.serf_lan))}"
+            + (f" (RPC: {ports.server})" if config.server else ""),
+            "Gossip encryption": str(bool(config.gossip_key)).lower(),
+        }
+        lines = ["==> Mesh agent running!", *(f"{name:>20}: {value}" for name, value in rows.items()), ""]
+        lines += ["==> Log data will now stream in as it occurs:", ""]
+        print("\n".join(lines), flush=True)
+        if ports.dns not in (PORT_OFF, _CONSUL_DNS_PORT):
+            _LOG.warning("ports.dns is %d, but this version does not answer DNS yet", ports.dns)
