@@ -288,6 +288,11 @@ class Connection:
     # ---- writing
 
     @property
+    def closing(self) -> bool:
+        """Whether `close` has been called and is not done yet."""
+        return self._close_when_flushed
+
+    @property
     def buffered_bytes(self) -> int:
         """Bytes accepted by `write` and not yet by the kernel."""
         return self._out_bytes

@@ -136,6 +136,11 @@ class _Receiver(Generic[_Parser]):
         self.upgraded = False  # closed by an upgrade: what follows is not HTTP, and collects in `unparsed`
         self.unparsed = b""
 
+    @property
+    def mid_message(self) -> bool:
+        """Whether a message has begun and not ended: its peer owes us bytes."""
+        return not self._in_head or self._fed_in_head > 0
+
     def _feed(self, data: bytes) -> None:
         """Feeds llhttp; every failure becomes a Rejected event."""
         size = len(data)

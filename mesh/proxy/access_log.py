@@ -39,7 +39,7 @@ def _timestamp(unix_time_s: float) -> str:
 
 
 def format_line(record: LogRecord) -> str:
-    """`[START_TIME] "METHOD PATH PROTOCOL" CODE FLAGS RECEIVED SENT DURATION SERVICE_TIME "XFF" "UA" "ID" "HOST" "UP"`."""
+    """A line: `[START_TIME] "METHOD PATH PROTOCOL" CODE FLAGS RECEIVED SENT DURATION SERVICE_TIME "XFF" "UA" ...`."""
     service_time = "-"
     if record.upstream_service_time_s is not None:
         service_time = str(int(record.upstream_service_time_s * 1000))

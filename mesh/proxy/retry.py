@@ -1,4 +1,4 @@
-"""When a failed request is tried again. Nothing is tried twice that a server may have acted on, unless that is harmless."""
+"""When a failed request is tried again: never when a server may have acted on it, unless that is harmless."""
 
 from typing import Literal
 

@@ -1,0 +1,173 @@
+"""The public side: mutual TLS, who the caller is, whether it may come in, and the local application behind."""
+
+import logging
+import socket
+
+from agent.dataplane.http import HttpAccepted, HttpService
+from agent.dataplane.identity import SidecarIdentity
+from agent.dataplane.metrics import ListenerMetrics
+from agent.dataplane.reactor import Reactor
+from agent.dataplane.target import PlainTransport, Target
+from agent.dataplane.tcp import TcpAccepted
+from agent.dataplane.tracing import Tracer
+from mesh.errors import InvalidIdentity
+from mesh.proxy.sidecar_config import EndpointConfig, InboundListener, L4Rule, LimitsConfig
+
+_LOG = logging.getLogger("mesh.dataplane")
+
+DECISIONS_MAX = 4096  # verdicts remembered per listener: one per caller's service
+
+_UNLIMITED = LimitsConfig(connections_max=2**31, pending_requests_max=2**31, requests_max=2**31)
+
+
+class Authorizer:
+    """The L4 rules of one listener, as they stand now."""
+
+    def __init__(self) -> None:
+        self._rules: tuple[L4Rule, ...] = ()
+        self._default_allow = False
+        self._verdicts: dict[str, bool] = {}
+
+    def update(self, rules: tuple[L4Rule, ...], *, default_allow: bool) -> bool:
+        """Takes new rules; whether they differ from those before."""
+        if (rules, default_allow) == (self._rules, self._default_allow):
+            return False
+        self._rules, self._default_allow = rules, default_allow
+        self._verdicts = {}
+        return True
+
+    def allows(self, source: str) -> bool:
+        """Whether a service may come in."""
+        verdict = self._verdicts.get(source)
+        if verdict is None:
+            verdict = authorize_l4(self._rules, source, default_allow=self._default_allow)
+            if len(self._verdicts) >= DECISIONS_MAX:
+                self._verdicts.clear()
+            self._verdicts[source] = verdict
+        return verdict
+
+
+def authorize_l4(rules: tuple[L4Rule, ...], source: str, *, default_allow: bool) -> bool:
+    """The first rule that names the source or `*` decides (highest precedence is first); without one, the default."""
+    for rule in rules:
+        if rule.source in (source, "*"):
+            return rule.action == "allow"
+    return default_allow
+
+
+class _Gate:
+    """Identity and policy of one inbound listener."""
+
+    def __init__(self, metrics: ListenerMetrics) -> None:
+        self.identity: SidecarIdentity
+        self.authorizer = Authorizer()
+        self._metrics = metrics
+        self._refused_logged: set[str] = set()
+
+    def source(self, accepted: HttpAccepted | TcpAccepted) -> str | None:
+        """The caller's service, or None when its certificate names none that we accept."""
+        assert accepted.tls is not None
+        try:
+            spiffe_id = self.identity.client_id(accepted.tls)
+        except InvalidIdentity as error:
+            self._refuse(accepted.peer, str(error))
+            return None
+        if spiffe_id.service is None:
+            self._refuse(accepted.peer, f"{spiffe_id} is not a service's identity")
+            return None
+        return spiffe_id.service
+
+    def _refuse(self, peer: str, reason: str) -> None:
+        self._metrics.tls_errors += 1
+        if reason not in self._refused_logged and len(self._refused_logged) < 100:
+            self._refused_logged.add(reason)
+            _LOG.warning("a client at %s was refused: %s", peer, reason)
+
+
+def _local_endpoint(listener: InboundListener) -> tuple[EndpointConfig, ...]:
+    return (EndpointConfig("local", listener.local_address, listener.local_port),)
+
+
+class InboundHttp(HttpService):
+    """Requests from other sidecars to the local application. Authorised one by one, by the rules of the moment."""
+
+    def __init__(self, reactor: Reactor, metrics: ListenerMetrics, target: Target, tracer: Tracer) -> None:
+        super().__init__(reactor, metrics, target, tracer)
+        self.inbound = True
+        self.connections_max = 0
+        self._gate = _Gate(metrics)
+        self.target.transport = PlainTransport()
+
+    def update(self, listener: InboundListener, identity: SidecarIdentity) -> None:
+        """New tables; open connections keep the identity that they were verified with."""
+        self._gate.identity = identity
+        self._gate.authorizer.update(listener.intentions, default_allow=listener.default_allow)
+        self.connections_max = listener.connections_max
+        self.request_timeout_s = listener.request_timeout_s
+        self.target.update(_local_endpoint(listener), connect_timeout_s=listener.connect_timeout_s, limits=_UNLIMITED)
+
+    def accept(self, sock: socket.socket, peer: str) -> None:
+        """Listener callback."""
+        accepted = HttpAccepted(self.reactor, sock, self, peer)
+        self.accepted.add(accepted)
+        accepted.attach_tls(self._gate.identity.server, server_side=True)
+
+    def identify(self, accepted: HttpAccepted) -> bool:
+        """HttpAccepted callback."""
+        source = self._gate.source(accepted)
+        accepted.source = source or ""
+        return source is not None
+
+    def allowed(self, accepted: HttpAccepted) -> bool:
+        """HttpService callback."""
+        return self._gate.authorizer.allows(accepted.source)
+
+
+class InboundTcp:
+    """Connections from other sidecars to the local application. A rule that turns to deny closes them."""
+
+    def __init__(self, reactor: Reactor, metrics: ListenerMetrics, target: Target) -> None:
+        self.reactor = reactor
+        self.metrics = metrics
+        self.target = target
+        self.connections_max = 0
+        self.accepted: set[TcpAccepted] = set()
+        self._gate = _Gate(metrics)
+        self.target.transport = PlainTransport()
+
+    def update(self, listener: InboundListener, identity: SidecarIdentity) -> None:
+        """New tables; what they no longer allow is closed."""
+        self._gate.identity = identity
+        self.connections_max = listener.connections_max
+        self.target.update(_local_endpoint(listener), connect_timeout_s=listener.connect_timeout_s, limits=_UNLIMITED)
+        if self._gate.authorizer.update(listener.intentions, default_allow=listener.default_allow):
+            for accepted in tuple(self.accepted):
+                if accepted.source and not self._gate.authorizer.allows(accepted.source):
+                    self.metrics.denied += 1
+                    accepted.abort()
+
+    def accept(self, sock: socket.socket, peer: str) -> None:
+        """Listener callback."""
+        accepted = TcpAccepted(self.reactor, sock, self, self.target, peer)
+        self.accepted.add(accepted)
+        accepted.attach_tls(self._gate.identity.server, server_side=True)
+
+    def identify(self, accepted: TcpAccepted) -> bool:
+        """TcpAccepted callback."""
+        source = self._gate.source(accepted)
+        if source is None:
+            return False
+        if not self._gate.authorizer.allows(source):
+            self.metrics.denied += 1
+            return False
+        accepted.source = source
+        return True
+
+    def accepted_gone(self, accepted: TcpAccepted) -> None:
+        """An accepted connection is closed."""
+        self.accepted.discard(accepted)
+        self.metrics.active -= 1
+
+    def drain(self) -> None:
+        """Open relays go on until they end."""
+        self.target.close()

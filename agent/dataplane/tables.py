@@ -1,0 +1,197 @@
+"""What a worker serves at the moment, and the way from one configuration to the next: all of it, or none."""
+
+import random
+
+from agent.dataplane.access_log import AccessLog
+from agent.dataplane.identity import SidecarIdentity
+from agent.dataplane.inbound import InboundHttp, InboundTcp
+from agent.dataplane.listener import Listener, ReservedDescriptor
+from agent.dataplane.metrics import ListenerMetrics, Sample, TargetMetrics
+from agent.dataplane.outbound import OutboundHttp, OutboundTcp
+from agent.dataplane.reactor import Reactor
+from agent.dataplane.target import Target
+from agent.dataplane.tracing import Tracer
+from mesh.errors import ConfigError
+from mesh.proxy.resources import ListenerKey, ServedListener, changes
+from mesh.proxy.sidecar_config import InboundListener, SidecarConfig, WorkerConfig, check
+
+Service = InboundHttp | InboundTcp | OutboundHttp | OutboundTcp
+
+_Identities = dict[tuple[str, str, tuple[str, ...], str], SidecarIdentity]
+
+
+def _listener_labels(served: ServedListener) -> dict[str, str]:
+    sidecar, listener = served.sidecar, served.listener
+    labels = {
+        "local_cluster": sidecar.service,
+        "consul_source_service": sidecar.service,
+        "consul_source_datacenter": sidecar.datacenter,
+        "consul_source_namespace": "default",
+        "envoy_listener_address": f"{listener.bind_address}_{listener.bind_port}",
+        "direction": "inbound" if isinstance(listener, InboundListener) else "outbound",
+    }
+    if not isinstance(listener, InboundListener):
+        labels["upstream"] = listener.target.name
+    return labels
+
+
+def _target_labels(served: ServedListener) -> dict[str, str]:
+    sidecar, listener = served.sidecar, served.listener
+    labels = {
+        "local_cluster": sidecar.service,
+        "consul_source_service": sidecar.service,
+        "consul_source_datacenter": sidecar.datacenter,
+        "consul_source_namespace": "default",
+    }
+    if isinstance(listener, InboundListener):
+        return {**labels, "envoy_cluster_name": "local_app"}
+    return {
+        **labels,
+        "envoy_cluster_name": listener.target.name,
+        "consul_destination_service": listener.target.name,
+        "consul_destination_target": listener.target.name,
+        "consul_destination_datacenter": listener.target.datacenter or sidecar.datacenter,
+        "consul_upstream_service": listener.target.name,
+    }
+
+
+class Tables:
+    """Listeners by address, services by what they are, identities by their material."""
+
+    def __init__(self, reactor: Reactor, rng: random.Random) -> None:
+        self.config = WorkerConfig(version=-1)
+        self._reactor = reactor
+        self._rng = rng
+        self._reserved = ReservedDescriptor()
+        self._listeners: dict[ListenerKey, Listener] = {}
+        self._services: dict[tuple[str, str, str, str, int], Service] = {}
+        self._drained: list[Service] = []  # of former configurations, with connections still open
+        self._identities: _Identities = {}
+        self._logs: dict[str, AccessLog] = {}
+        self._tracer = Tracer(rng)
+
+    # ---- configuration
+
+    def apply(self, config: WorkerConfig) -> None:
+        """Serves a configuration. Raises ConfigError, with everything as it was, when it cannot."""
+        check(config)
+        change = changes(self.config, config)
+        identities = self._make_identities(config)
+        bound: list[Listener] = []
+        opened_logs: dict[str, AccessLog] = {}
+        try:
+            for path in sorted({sidecar.access_log.path for sidecar in config.sidecars} - {""} - set(self._logs)):
+                opened_logs[path] = AccessLog(path)
+            # A listener that is already bound (left over from a NACK, say) is never bound twice.
+            bound.extend(Listener(self._reactor, key, self._reserved) for key in change.opened)
+        except ConfigError:
+            for listener in bound:
+                listener.close()
+            for log in opened_logs.values():
+                log.close()
+            raise
+        tracer = self._tracer
+        if (config.tracing_endpoint, config.trace_sampling) != (
+            self.config.tracing_endpoint,
+            self.config.trace_sampling,
+        ):
+            self._tracer = Tracer(self._rng, endpoint=config.tracing_endpoint, sampling=config.trace_sampling)
+        # Nothing below can fail.
+        self._logs.update(opened_logs)
+        self._identities = identities
+        self._listeners.update((listener.key, listener) for listener in bound)
+        for key in change.closed:
+            self._listeners.pop(key).close()
+        self._swap(change.served)
+        self.config = config
+        if tracer is not self._tracer:
+            tracer.shutdown()
+        for path in set(self._logs) - {sidecar.access_log.path for sidecar in config.sidecars}:
+            self._logs.pop(path).close()
+
+    def _make_identities(self, config: WorkerConfig) -> _Identities:
+        made: _Identities = {}
+        for sidecar in config.sidecars:
+            key = _identity_key(sidecar)
+            if key in made:
+                continue
+            try:
+                made[key] = self._identities.get(key) or SidecarIdentity(sidecar)
+            except ConfigError as error:
+                raise ConfigError(f"sidecar {sidecar.proxy_id}: {error}") from error
+        return made
+
+    def _swap(self, served: tuple[ServedListener, ...]) -> None:
+        before = self._services
+        self._services = {}
+        for item in served:
+            service = before.pop(item.service_key, None) or self._new_service(item)
+            identity = self._identities[_identity_key(item.sidecar)]
+            match service, item.listener:
+                case InboundHttp() | InboundTcp(), InboundListener() as listener:
+                    service.update(listener, identity)
+                case OutboundHttp() | OutboundTcp(), listener if not isinstance(listener, InboundListener):
+                    service.update(listener, identity)
+                case _:
+                    raise AssertionError("a service's kind is part of its key")
+            if isinstance(service, InboundHttp | OutboundHttp):
+                service.access_log = self._logs.get(item.sidecar.access_log.path)
+                service.tracer = self._tracer
+            self._services[item.service_key] = service
+            self._listeners[item.key].serve(service)
+        for service in before.values():
+            service.drain()
+            self._drained.append(service)
+        self._drained = [service for service in self._drained if service.accepted]
+
+    def _new_service(self, item: ServedListener) -> Service:
+        metrics = ListenerMetrics(_listener_labels(item))
+        target = Target(self._reactor, self._rng, TargetMetrics(_target_labels(item)))
+        inbound = isinstance(item.listener, InboundListener)
+        if item.listener.protocol == "http":
+            kind = InboundHttp if inbound else OutboundHttp
+            return kind(self._reactor, metrics, target, self._tracer)
+        return (InboundTcp if inbound else OutboundTcp)(self._reactor, metrics, target)
+
+    # ---- life
+
+    @property
+    def open_connections(self) -> int:
+        """Accepted connections, those of former configurations included."""
+        return sum(len(service.accepted) for service in (*self._services.values(), *self._drained))
+
+    def drain(self) -> None:
+        """Stops accepting; what is under way finishes."""
+        for listener in self._listeners.values():
+            listener.close()
+        self._listeners.clear()
+        for service in self._services.values():
+            service.drain()
+
+    def close(self) -> None:
+        """Ends whatever is still open."""
+        self.drain()
+        for service in (*self._services.values(), *self._drained):
+            for accepted in tuple(service.accepted):
+                accepted.abort()
+        self.flush_logs()
+        self._tracer.shutdown()
+
+    def flush_logs(self) -> None:
+        """Writes collected access log lines."""
+        for log in self._logs.values():
+            log.flush()
+
+    def samples(self) -> list[Sample]:
+        """Every counter of every listener and target."""
+        result: list[Sample] = []
+        for service in self._services.values():
+            protocol = "http" if isinstance(service, InboundHttp | OutboundHttp) else "tcp"
+            result.extend(service.metrics.samples(protocol))
+            result.extend(service.target.metrics.samples())
+        result.append(("mesh_access_log_dropped", {}, sum(log.dropped for log in self._logs.values())))
+        return result
+
+
+def _identity_key(sidecar: SidecarConfig) -> tuple[str, str, tuple[str, ...], str]:
+    return sidecar.certificate_chain_pem, sidecar.private_key_pem, sidecar.trust_roots_pem, sidecar.trust_domain

@@ -1,0 +1,273 @@
+"""The worker: a process of its own that carries traffic. `python -m agent.dataplane.worker --control <socket path>`.
+
+It listens on the control socket (see `control.py`), serves what it was last told to, and outlives its agent. With
+`--exit-with-agent` it drains and exits soon after its agent's connection is lost.
+"""
+
+import gc
+import logging
+import os
+import random
+import resource
+import secrets
+import signal
+import socket
+import stat
+import sys
+from pathlib import Path
+
+import trio
+
+from agent.dataplane.control import (
+    REQUESTS,
+    Ack,
+    Configure,
+    Drain,
+    FrameReader,
+    Nack,
+    Ping,
+    Pong,
+    Reply,
+    Request,
+    Stats,
+    StatsReply,
+    frame,
+)
+from agent.dataplane.metrics import Sample, exposition, sample_name
+from agent.dataplane.reactor import Reactor
+from agent.dataplane.tables import Tables
+from agent.version import VERSION
+from mesh.errors import ConfigError, MeshError
+
+_LOG = logging.getLogger("mesh.dataplane")
+
+AGENT_GRACE_S = 2.0  # --exit-with-agent: a new agent may take over within this time
+DRAIN_TIMEOUT_S = 10.0
+REPLY_TIMEOUT_S = 10.0  # an agent that does not read its replies is gone
+LOG_FLUSH_INTERVAL_S = 1.0
+DRAIN_CHECK_INTERVAL_S = 0.02
+FREEZE_INTERVAL_S = 60.0  # between full collections: one may take long when many connections are open
+
+
+class Worker:
+    """One worker process, inside a Trio run."""
+
+    def __init__(self, *, exit_with_agent: bool) -> None:
+        self._exit_with_agent = exit_with_agent
+        self._reactor = Reactor()
+        self._tables = Tables(self._reactor, random.Random(secrets.randbits(64)))
+        self._started_at = trio.current_time()
+        self._current: trio.CancelScope | None = None  # the connection of the agent that counts
+        self._draining = False
+        self._frozen_at = float("-inf")
+        self._drain_deadline_s = DRAIN_TIMEOUT_S
+        self._drain_asked = trio.Event()
+        self._agent_lost_at = float("inf")
+
+    async def run(self, listener: trio.SocketListener) -> None:
+        """Serves until told to drain, by the agent or by SIGTERM."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._reactor.run)
+            nursery.start_soon(self._wait_signals)
+            nursery.start_soon(self._flush_logs)
+            if self._exit_with_agent:
+                nursery.start_soon(self._watch_agent)
+            nursery.start_soon(self._accept_agents, listener, nursery)
+            await self._drain_asked.wait()
+            self._draining = True
+            self._tables.drain()
+            with trio.move_on_after(self._drain_deadline_s):
+                await self._wait_idle()
+            self._tables.close()
+            self._reactor.turn()  # closes what has just been closed
+            nursery.cancel_scope.cancel()
+        self._reactor.dispose()
+
+    async def _wait_idle(self) -> None:
+        while True:
+            if not self._tables.open_connections:
+                return
+            await trio.sleep(DRAIN_CHECK_INTERVAL_S)
+
+    async def _wait_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+            async for number in received:
+                _LOG.info("signal %d: draining", number)
+                self._drain_asked.set()
+
+    async def _flush_logs(self) -> None:
+        while True:
+            await trio.sleep(LOG_FLUSH_INTERVAL_S)
+            self._tables.flush_logs()
+
+    async def _watch_agent(self) -> None:
+        self._agent_lost_at = trio.current_time()
+        while True:
+            await trio.sleep(AGENT_GRACE_S / 10)
+            if trio.current_time() - self._agent_lost_at > AGENT_GRACE_S:
+                break
+        _LOG.info("the agent is gone: draining")
+        self._drain_asked.set()
+
+    async def _accept_agents(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        while True:
+            try:
+                stream = await listener.accept()
+            except OSError as error:
+                _LOG.warning("the control socket cannot accept: %s", error.strerror)
+                await trio.sleep(0.1)
+                continue
+            nursery.start_soon(self._serve_agent, stream)
+
+    async def _serve_agent(self, stream: trio.SocketStream) -> None:
+        if self._current is not None:
+            self._current.cancel()  # the newest agent wins
+        self._agent_lost_at = float("inf")
+        with trio.CancelScope() as scope:
+            self._current = scope
+            async with stream:
+                try:
+                    await self._answer_all(stream)
+                except MeshError as error:
+                    _LOG.warning("the agent's control connection was closed: %s", error)
+                except trio.BrokenResourceError:
+                    _LOG.info("the agent's control connection broke")
+                except trio.TooSlowError:
+                    _LOG.warning("the agent does not read its replies; its control connection was closed")
+        if self._current is scope:
+            self._current = None
+            self._agent_lost_at = trio.current_time()
+
+    async def _answer_all(self, stream: trio.SocketStream) -> None:
+        reader = FrameReader(stream)
+        while True:
+            data = await reader.read()
+            if data is None:
+                return
+            reply = self._answer(REQUESTS.decode(data))
+            with trio.fail_after(REPLY_TIMEOUT_S):
+                await stream.send_all(frame(reply))
+
+    def _answer(self, request: Request) -> Reply:
+        match request:
+            case Configure(config=config):
+                if self._draining:
+                    return Nack(config.version, "the worker is draining")
+                try:
+                    self._tables.apply(config)
+                except ConfigError as error:
+                    _LOG.error("configuration %d was refused: %s", config.version, error)
+                    return Nack(config.version, str(error))
+                self._freeze()
+                return Ack(config.version)
+            case Ping():
+                return self._pong()
+            case Stats():
+                samples = [*self._tables.samples(), *self._own_samples()]
+                counters = {sample_name(name, labels): value for name, labels, value in samples}
+                return StatsReply(exposition(samples), counters)
+            case Drain(deadline_s=deadline_s):
+                self._drain_deadline_s = deadline_s
+                self._drain_asked.set()
+                return Ack(self._tables.config.version)
+
+    def _freeze(self) -> None:
+        """What lives as long as the configuration is not worth looking at in every collection."""
+        now = trio.current_time()
+        if now - self._frozen_at >= FREEZE_INTERVAL_S:
+            self._frozen_at = now
+            gc.unfreeze()
+            gc.collect()
+            gc.freeze()
+
+    def _pong(self) -> Pong:
+        return Pong(
+            pid=os.getpid(),
+            uptime_s=trio.current_time() - self._started_at,
+            config_version=self._tables.config.version,
+            package_version=VERSION,
+            draining=self._draining,
+        )
+
+    def _own_samples(self) -> list[Sample]:
+        return [
+            ("envoy_server_live", {}, 0.0 if self._draining else 1.0),
+            ("envoy_server_uptime", {}, trio.current_time() - self._started_at),
+            ("mesh_worker_handler_faults", {}, self._reactor.faults),
+            ("mesh_worker_connections_open", {}, self._tables.open_connections),
+        ]
+
+
+def _control_listener(path: Path) -> trio.SocketListener:
+    """Binds the control socket, mode 0600. A file that a dead worker left behind is replaced.
+
+    Raises ConfigError when a live worker has it, or it cannot be bound.
+    """
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.settimeout(1.0)
+        probe.connect(str(path))
+    except (FileNotFoundError, ConnectionRefusedError):
+        pass
+    except OSError as error:
+        raise ConfigError(f"the control socket {path} cannot be used: {error.strerror or error}") from error
+    else:
+        raise ConfigError(f"another worker already listens on {path}")
+    finally:
+        probe.close()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+            path.unlink()
+        sock.bind(str(path))
+        sock.listen(8)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"the control socket {path} cannot be bound: {error.strerror or error}") from error
+    finally:
+        os.umask(before)
+    sock.settimeout(0)
+    return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+
+
+def _raise_descriptor_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _run(path: Path, *, exit_with_agent: bool) -> None:
+    await Worker(exit_with_agent=exit_with_agent).run(_control_listener(path))
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a worker; the exit status."""
+    control: Path | None = None
+    exit_with_agent = False
+    rest = list(arguments)
+    while rest:
+        match rest.pop(0):
+            case "--control" if rest:
+                control = Path(rest.pop(0))
+            case "--exit-with-agent":
+                exit_with_agent = True
+            case unknown:
+                print(f"unknown or incomplete option {unknown}", file=sys.stderr)
+                return 1
+    if control is None:
+        print("--control <socket path> is required", file=sys.stderr)
+        return 1
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _raise_descriptor_limit()
+    try:
+        trio.run(lambda: _run(control, exit_with_agent=exit_with_agent))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    control.unlink(missing_ok=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
