@@ -85,7 +85,7 @@ _ALL = {name.lower(): name for fields in (*KIND_FIELDS.values(), _NESTED) for na
 
 
 def config_entry(body: object) -> ConfigEntry:
-    """The entry in a PUT body. Raises MalformedJson for an unknown field or bad duration, InvalidRequest for a bad kind."""
+    """The entry in a PUT body. Raises MalformedJson for an unknown field or bad duration, InvalidRequest."""
     if not isinstance(body, dict):
         raise MalformedJson("a config entry is an object with Kind and Name")
     kind = next((value for key, value in body.items() if key.lower() == "kind"), None)
