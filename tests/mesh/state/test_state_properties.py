@@ -111,15 +111,36 @@ entries = st.one_of(
         body=st.sampled_from(({}, {"Protocol": "http"}, {"Protocol": "tcp"})),
     ),
 )
-commands: st.SearchStrategy[Command] = st.one_of(
+check_updates = st.builds(
+    lambda node, check: Register(Node(node, "10.0.0.1"), None, (replace(check, node=node),), skip_node_update=True),
+    st.sampled_from(NODES),
+    st.builds(
+        Check,
+        node=st.just(""),
+        check_id=st.sampled_from(("serfHealth", "c1")),
+        name=st.just("check"),
+        status=st.sampled_from(("passing", "critical")),
+        service_id=st.sampled_from(("", "s1")),
+    ),
+)
+catalog_commands = st.one_of(
     registrations(),
-    registrations(),
+    check_updates,
     st.builds(
         Deregister,
         node=st.sampled_from(NODES),
         service_id=st.sampled_from(("", "s1", "p1")),
-        check_id=st.sampled_from(("", "c1")),
+        check_id=st.sampled_from(("", "c1", "serfHealth")),
     ),
+)
+# What most catalog histories begin with, so that what follows has something to change.
+SEED = (
+    Register(
+        Node("n1", "10.0.0.1", node_id="u1"), Service("web", "s1"), (Check("n1", "c1", "check", service_id="s1"),)
+    ),
+    Register(Node("n2", "10.0.0.2"), Service("api", "s1", connect_native=True)),
+)
+other_commands: st.SearchStrategy[Command] = st.one_of(
     st.builds(KvSet, key=st.sampled_from(("", *KEYS)), value=st.sampled_from((b"", b"x")), cas_index=cas),
     st.builds(KvDelete, key=st.sampled_from(("", *KEYS)), recurse=st.booleans(), cas_index=cas),
     st.builds(ConfigEntrySet, entry=entries, cas_index=cas, at_s=st.sampled_from((1.0, 2.0))),
@@ -132,9 +153,13 @@ commands: st.SearchStrategy[Command] = st.one_of(
     st.builds(IntentionUpsert, intention=intentions),
     st.builds(IntentionDelete, source=names, destination=names),
 )
-histories = st.lists(commands, min_size=1, max_size=25)
+catalog_histories = st.builds(
+    lambda seeded, rest: [*(SEED if seeded else ()), *rest], st.booleans(), st.lists(catalog_commands, max_size=20)
+)
+other_histories = st.lists(other_commands, min_size=1, max_size=25)
+histories = st.one_of(catalog_histories, other_histories)
 
-QUERIES: tuple[Asks[object], ...] = (
+CATALOG_QUERIES: tuple[Asks[object], ...] = (
     ListNodes(),
     ListNodes(meta={"rack": "1"}),
     ListServices(),
@@ -150,6 +175,8 @@ QUERIES: tuple[Asks[object], ...] = (
     ListServiceChecks("api", node_meta={"rack": "1"}),
     *(ListChecksInState(state) for state in ("any", "passing", "critical")),
     ListChecksInState("any", node_meta={"rack": "1"}),
+)
+OTHER_QUERIES: tuple[Asks[object], ...] = (
     *(GetKv(key) for key in KEYS),
     *(ListKv(prefix) for prefix in ("", *KEYS, "c")),
     ListKvKeys("a", "/"),
@@ -160,17 +187,30 @@ QUERIES: tuple[Asks[object], ...] = (
     *(ListConfigEntries(kind) for kind in ("service-intentions", "service-defaults")),
     GetCaRoots(),
 )
+QUERIES = CATALOG_QUERIES + OTHER_QUERIES
 
 
-def readings(store: Store) -> list[Reading[object]]:
-    return [run(store, query) for query in QUERIES]
+def readings(store: Store, queries: tuple[Asks[object], ...] = QUERIES) -> list[Reading[object]]:
+    return [run(store, query) for query in queries]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(histories)
-def test_a_changed_answer_has_the_index_of_the_change_and_wakes_its_watchers(history: list[Command]) -> None:
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(catalog_histories)
+def test_a_changed_catalog_answer_has_the_index_of_the_change_and_wakes_its_watchers(history: list[Command]) -> None:
+    assert_changes_are_told(history, CATALOG_QUERIES)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(other_histories)
+def test_a_changed_kv_or_policy_answer_has_the_index_of_the_change_and_wakes_its_watchers(
+    history: list[Command],
+) -> None:
+    assert_changes_are_told(history, OTHER_QUERIES)
+
+
+def assert_changes_are_told(history: list[Command], queries: tuple[Asks[object], ...]) -> None:
     fsm, registry = Fsm(Store()), WatchRegistry()
-    before, hash_before = readings(fsm.store), fsm.state_hash()
+    before, hash_before = readings(fsm.store, queries), fsm.state_hash()
     for index, command in enumerate(history, start=2):
         woken: set[int] = set()
         registrations = [
@@ -179,12 +219,12 @@ def test_a_changed_answer_has_the_index_of_the_change_and_wakes_its_watchers(his
         result = fsm.apply(index, COMMAND_CODEC.encode(command))
         changes = fsm.take_changes()
         registry.notify(changes)
-        after, hash_after = readings(fsm.store), fsm.state_hash()
+        after, hash_after = readings(fsm.store, queries), fsm.state_hash()
         for number, (old, new) in enumerate(zip(before, after, strict=True)):
-            assert new.index >= max(old.index, 1), QUERIES[number]
+            assert new.index >= max(old.index, 1), queries[number]
             if new.value != old.value:
-                assert new.index == index, QUERIES[number]
-                assert number in woken, QUERIES[number]
+                assert new.index == index, queries[number]
+                assert number in woken, queries[number]
         if hash_after == hash_before:
             assert not changes
             assert not woken
@@ -377,20 +417,8 @@ class NaiveCatalog:
             self.remove_node(name)
 
 
-catalog_commands = st.one_of(
-    registrations(),
-    registrations(),
-    st.builds(
-        Deregister,
-        node=st.sampled_from(NODES),
-        service_id=st.sampled_from(("", "s1", "p1")),
-        check_id=st.sampled_from(("", "c1")),
-    ),
-)
-
-
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(catalog_commands, max_size=20))
+@given(catalog_histories)
 def test_catalog_agrees_with_a_naive_table(history: list[Register | Deregister]) -> None:
     fsm, naive = Fsm(Store()), NaiveCatalog()
     for index, command in enumerate(history, start=1):
@@ -411,12 +439,12 @@ def test_catalog_agrees_with_a_naive_table(history: list[Register | Deregister])
             health = run(store, ListServiceHealth(name)).value
             assert [(one.node.node.lower(), one.service) for one in health] == rows
             for one in health:
-                bearing = {
-                    check.check_id
+                bearing = [
+                    check
                     for on, check in checks
                     if on == one.node.node.lower() and check.service_id in ("", one.service.service_id)
-                }
-                assert {check.check_id for check in one.checks} == bearing
+                ]
+                assert sorted(one.checks, key=lambda check: check.check_id.lower()) == bearing
         for name in ("web", "api"):
             meshed = [
                 row
