@@ -641,7 +641,7 @@ class World:
                     count += 1
                     self.propose(name, b"%d" % count)
                 self.read(rng.choice(live))
-            if rng.random() < 0.04:
+            if rng.random() < 0.08:
                 self._mischief(rates, membership=membership)
 
     def _mischief(self, rates: list[float], *, membership: bool) -> None:
@@ -649,22 +649,24 @@ class World:
         names = sorted(self.hosts)
         live = [host.name for host in self.live()]
         kind = rng.choices(range(len(rates)), rates)[0]
+        leader = self.leader()
+        victim = leader if leader is not None and rng.random() < 0.5 else rng.choice(live or names)
         if kind == 0 and live:
-            self.crash(rng.choice(live))
+            self.crash(victim)
         elif kind == 1:
             down = [name for name in names if name not in live]
             if down:
                 self.start(rng.choice(down))
         elif kind == 2 and live:
-            self.pause(rng.choice(live), rng.uniform(0.05, 4.0))
+            self.pause(victim, rng.uniform(0.05, 4.0))
         elif kind == 3:
-            self.isolate(*rng.sample(names, rng.randint(1, len(names) - 1)))
+            self.heal()
+            self.isolate(*{victim, *rng.sample(names, rng.randint(0, len(names) // 2))})
         elif kind == 4:
-            self.blocked.add((rng.choice(names), rng.choice(names)))
+            self.blocked.add(rng.choice(((victim, rng.choice(names)), (rng.choice(names), victim))))
         elif kind == 5:
             self.heal()
         elif kind == 6 and live:
-            leader = self.leader()
             if leader is None:
                 return
             if rng.random() < 0.3 or not membership:
