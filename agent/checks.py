@@ -1,0 +1,409 @@
+"""Runs this agent's checks: http, tcp, ttl and alias, each in a task of its own, and writes results to `LocalState`."""
+
+import logging
+import math
+import os
+import random
+import socket
+import ssl
+from collections import defaultdict
+from typing import NoReturn
+
+import httpx
+import msgspec
+import trio
+
+from agent.backend import Backend
+from agent.follow import follow
+from agent.local_state import LocalState
+from agent.runtime import Runtime
+from mesh.errors import MeshError, NotFound, Refused, StorageFailed
+from mesh.health import Thresholds, alias_result
+from mesh.model.catalog import NodeServices
+from mesh.model.check import Check, CheckDefinition, CheckStatus
+from mesh.model.query import Answer, GetNodeServices, ListNodeChecks
+from mesh.names import fold
+
+TIMEOUT_S = 10.0  # of one run, where the definition names none
+OUTPUT_BYTES = 4096  # of a response's body that is read and shown
+REDIRECTS_MAX = 10  # as Go's client follows
+RUNS_MAX = 128  # at one time; each holds a descriptor, and a host full of hanging targets must leave us some
+# Consul runs a check first at a random point of its whole interval. A new check waits no longer than this, so that a
+# service is not critical for an interval after its registration; the second run is what spreads the load.
+FIRST_RUN_S_MAX = 1.0
+USER_AGENT = "Consul Health Check"
+
+_log = logging.getLogger("mesh.checks")
+
+
+class CheckResult(msgspec.Struct, frozen=True):
+    """What one run found."""
+
+    status: CheckStatus
+    output: str
+
+
+class _Job:
+    """A check that is being run."""
+
+    def __init__(self, definition: CheckDefinition) -> None:
+        self.definition = definition
+        self.scope = trio.CancelScope()
+        self.expires_at = math.inf  # ttl: when (Trio's clock) the last heartbeat lapses
+        self.renewed = trio.Event()
+
+
+class CheckRunner:
+    """Keeps one task per check of the local state, following every change of it."""
+
+    def __init__(self, state: LocalState, backend: Backend, runtime: Runtime, *, node_name: str) -> None:
+        """`backend` is asked for the checks of other nodes, which alias checks may name."""
+        self._state = state
+        self._backend = backend
+        self._runtime = runtime
+        self._node_name = node_name
+        self._rng = runtime.random_source("checks")
+        self._jobs: dict[str, _Job] = {}
+        self._critical_since: dict[str, float] = {}
+        self._changed = trio.Event()
+        self._limiter = trio.CapacityLimiter(RUNS_MAX)
+        self._http = HttpChecker()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
+        """Runs checks until cancelled."""
+        unsubscribe = self._state.subscribe(self._wake)
+        try:
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                while True:
+                    self._changed = trio.Event()
+                    self._follow_definitions(nursery)
+                    self._update_aliases()
+                    reap_at = await self._reap()
+                    with trio.move_on_at(reap_at):
+                        await self._changed.wait()
+        finally:
+            unsubscribe()
+            await self._http.close()
+        raise AssertionError("the loop above ends only by cancellation")
+
+    async def heartbeat(self, check_id: str, *, status: CheckStatus, output: str) -> None:
+        """Takes what an application says about its TTL check, good for one TTL.
+
+        Raises NotFound for an unknown check and Refused for one that is no TTL check, with Consul's texts.
+        """
+        definition = self._state.definition(check_id)
+        if definition is None:
+            raise NotFound(f'Unknown check ID "{check_id}". Ensure that the check ID is passed, not the check name.')
+        if definition.type != "ttl":
+            raise Refused(f'CheckID "{check_id}" does not have associated TTL')
+        self._state.update_check(check_id, status=status, output=output)
+        job = self._jobs.get(fold(check_id))
+        if job is not None:
+            job.expires_at = self._runtime.now() + definition.ttl_s
+            job.renewed.set()
+        try:
+            expires_at_s = self._runtime.unix_time_s() + definition.ttl_s
+            await self._state.keep_result(check_id, expires_at_s=expires_at_s)
+        except StorageFailed as error:
+            # The result is in force; only a restart within its TTL would miss it.
+            _log.warning("check %s: its result is not kept: %s", check_id, error)
+
+    def _wake(self) -> None:
+        self._changed.set()
+
+    # -- which checks run
+
+    def _follow_definitions(self, nursery: trio.Nursery) -> None:
+        """Starts what is new, restarts what is defined otherwise, stops what is gone."""
+        wanted: dict[str, CheckDefinition] = {}
+        for check in self._state.checks():
+            definition = self._state.definition(check.check_id)
+            if definition is not None and definition.type:
+                wanted[fold(check.check_id)] = definition
+        for key in [key for key, job in self._jobs.items() if wanted.get(key) != job.definition]:
+            self._jobs.pop(key).scope.cancel()
+        for key, definition in wanted.items():
+            if key not in self._jobs:
+                job = self._jobs[key] = _Job(definition)
+                match definition.type:
+                    case "http" | "tcp":
+                        nursery.start_soon(self._run_timed, job)
+                    case "ttl":
+                        nursery.start_soon(self._run_ttl, job)
+                    case "alias" if not self._is_local(definition):
+                        nursery.start_soon(self._run_remote_alias, job)
+
+    def _is_local(self, definition: CheckDefinition) -> bool:
+        return fold(definition.alias_node) in ("", fold(self._node_name))
+
+    async def _reap(self) -> float:
+        """Deregisters services that were critical for too long; when to look again."""
+        now = self._runtime.now()
+        next_at = math.inf
+        alive: set[str] = set()
+        for check in self._state.checks():
+            definition = self._state.definition(check.check_id)
+            after_s = definition.deregister_critical_service_after_s if definition else 0.0
+            if not after_s or not check.service_id or check.status != "critical":
+                continue
+            alive.add(check.check_id)
+            due = self._critical_since.setdefault(check.check_id, now) + after_s
+            if now < due:
+                next_at = min(next_at, due)
+                continue
+            _log.warning(
+                "service %s: check %s was critical for %g s; deregistering it", check.service_id, check.name, after_s
+            )
+            try:
+                await self._state.remove_service(check.service_id)
+            except NotFound:
+                continue  # another of its checks was due as well
+            except MeshError as error:
+                _log.error("service %s stays registered: %s", check.service_id, error)
+                self._critical_since[check.check_id] = now
+                next_at = min(next_at, now + after_s)
+        for check_id in self._critical_since.keys() - alive:
+            del self._critical_since[check_id]
+        return next_at
+
+    # -- http and tcp
+
+    async def _run_timed(self, job: _Job) -> None:
+        definition = job.definition
+        thresholds = Thresholds(
+            success_before_passing=definition.success_before_passing,
+            failures_before_warning=definition.failures_before_warning,
+            failures_before_critical=definition.failures_before_critical,
+        )
+        with job.scope:
+            await trio.sleep(self._rng.uniform(0.0, min(definition.interval_s, FIRST_RUN_S_MAX)))
+            pause_s = self._rng.uniform(0.0, definition.interval_s)
+            while True:
+                async with self._limiter:
+                    try:
+                        result = await run_check(definition, self._http)
+                    except Exception as error:
+                        # Whatever a target's bytes do to a client library, the other checks go on.
+                        _log.exception("check %s failed to run", definition.check_id)
+                        result = CheckResult("critical", f"the check failed to run: {error!r}")
+                status = thresholds.record(result.status)
+                if status is not None:
+                    self._report(definition, CheckResult(status, result.output))
+                await trio.sleep(pause_s)
+                pause_s = definition.interval_s
+
+    def _report(self, definition: CheckDefinition, result: CheckResult) -> None:
+        before = self._state.check(definition.check_id)
+        if before is not None and before.status != result.status:
+            _log.info("check %s is now %s", definition.check_id, result.status)
+        self._state.update_check(definition.check_id, status=result.status, output=result.output)
+
+    # -- ttl
+
+    async def _run_ttl(self, job: _Job) -> None:
+        definition = job.definition
+        now = self._runtime.now()
+        lifetime_s = definition.ttl_s
+        restored_s = self._state.restored_expiry_s(definition.check_id)
+        if restored_s is not None:
+            lifetime_s = min(lifetime_s, max(0.0, restored_s - self._runtime.unix_time_s()))
+        job.expires_at = now + lifetime_s
+        with job.scope:
+            while True:
+                with trio.move_on_at(job.expires_at) as waiting:
+                    await job.renewed.wait()
+                if waiting.cancelled_caught and self._runtime.now() >= job.expires_at:
+                    last = self._state.check(definition.check_id)
+                    self._report(definition, CheckResult("critical", expired_output(last.output if last else "")))
+                    job.expires_at = math.inf
+                if job.renewed.is_set():
+                    job.renewed = trio.Event()
+
+    # -- alias
+
+    def _update_aliases(self) -> None:
+        """Local aliases follow at once: they are a function of the local state."""
+        checks = self._state.checks()
+        aliases = [job.definition for job in self._jobs.values() if job.definition.type == "alias"]
+        aliases = [definition for definition in aliases if self._is_local(definition)]
+        if not aliases:
+            return
+        by_service: dict[str, list[Check]] = defaultdict(list)
+        for check in checks:
+            by_service[fold(check.service_id)].append(check)
+        for definition in sorted(aliases, key=lambda one: one.check_id):
+            target = fold(definition.alias_service)
+            bearing = [*by_service[""], *by_service[target]] if target else by_service[""]
+            others = [check for check in bearing if fold(check.check_id) != fold(definition.check_id)]
+            exists = not target or self._state.service(definition.alias_service) is not None
+            result = alias_result(others, target=_alias_target(definition), target_exists=exists)
+            self._report(definition, CheckResult(result.status, result.output))
+
+    async def _run_remote_alias(self, job: _Job) -> None:
+        """Follows the other node's services and checks through the servers."""
+        definition = job.definition
+        services: NodeServices | None = None
+        checks: tuple[Check, ...] = ()
+        known: set[str] = set()
+
+        def report() -> None:
+            if known != {"services", "checks"}:
+                return
+            target = fold(definition.alias_service)
+            names = {fold(service.service_id) for service in services.services} if services else set()
+            exists = services is not None and (not target or target in names)
+            bearing = [check for check in checks if fold(check.service_id) in ("", target)]
+            others = [
+                check
+                for check in bearing
+                if (fold(check.node), fold(check.check_id)) != (fold(self._node_name), fold(definition.check_id))
+            ]
+            result = alias_result(others, target=_alias_target(definition), target_exists=exists)
+            self._report(definition, CheckResult(result.status, result.output))
+
+        def take_services(answer: Answer[NodeServices | None]) -> None:
+            nonlocal services
+            services = answer.value
+            known.add("services")
+            report()
+
+        def take_checks(answer: Answer[tuple[Check, ...]]) -> None:
+            nonlocal checks
+            checks = answer.value
+            known.add("checks")
+            report()
+
+        rng = random.Random(self._rng.random())
+        with job.scope:
+            async with trio.open_nursery() as nursery:
+                for start in (
+                    lambda: follow(self._backend, GetNodeServices(definition.alias_node), take_services, rng=rng),
+                    lambda: follow(self._backend, ListNodeChecks(definition.alias_node), take_checks, rng=rng),
+                ):
+                    nursery.start_soon(start)
+
+
+def _alias_target(definition: CheckDefinition) -> str:
+    if not definition.alias_service:
+        return f"Node {definition.alias_node}"
+    where = f" on node {definition.alias_node}" if definition.alias_node else ""
+    return f"Service {definition.alias_service}{where}"
+
+
+def expired_output(last_output: str) -> str:
+    """What a TTL check shows once its heartbeat is overdue, in Consul's words."""
+    return f"TTL expired (last output before timeout follows): {last_output}" if last_output else "TTL expired"
+
+
+def _method(definition: CheckDefinition) -> str:
+    return definition.method.upper() or "GET"
+
+
+async def run_check(definition: CheckDefinition, http: "HttpChecker") -> CheckResult:
+    """One run of an http or tcp check, within its timeout."""
+    timeout_s = definition.timeout_s or TIMEOUT_S
+    with trio.move_on_after(timeout_s):
+        if definition.http:
+            return await http.run(definition)
+        return await run_tcp(definition.tcp)
+    what = f"{_method(definition)} {definition.http}" if definition.http else f"TCP connect {definition.tcp}"
+    return CheckResult("critical", f"{what}: no answer within {timeout_s:g} s")
+
+
+async def run_tcp(address: str) -> CheckResult:
+    """Connects to `host:port` and closes. The caller bounds the time."""
+    host, _, port = address.rpartition(":")
+    try:
+        stream = await trio.open_tcp_stream(host.strip("[]"), int(port))
+    except OSError as error:
+        return CheckResult("critical", f"TCP connect {address}: {_reason(error)}")
+    await trio.aclose_forcefully(stream)
+    return CheckResult("passing", f"TCP connect {address}: Success")
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, without a library's wrapping of several attempts."""
+    if isinstance(error, OSError) and isinstance(error.__cause__, BaseExceptionGroup):
+        return "; ".join(dict.fromkeys(_reason(inner) for inner in error.__cause__.exceptions))
+    if isinstance(error, OSError) and isinstance(error.__cause__, OSError):
+        return _reason(error.__cause__)
+    if isinstance(error, socket.gaierror | ssl.SSLError):
+        return error.strerror or str(error)
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return str(error) or type(error).__name__
+
+
+class HttpChecker:
+    """Runs http checks. Connections are not kept: a check is to prove that a new one can be made."""
+
+    def __init__(self) -> None:
+        self._clients: dict[bool, httpx.AsyncClient] = {}
+
+    async def close(self) -> None:
+        """Frees the clients."""
+        clients, self._clients = self._clients, {}
+        for client in clients.values():
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1.0):
+                await client.aclose()
+
+    async def _client(self, *, verify: bool) -> httpx.AsyncClient:
+        client = self._clients.get(verify)
+        if client is None:
+            # Reading the system's certificates takes tens of milliseconds: not on the loop.
+            context = await trio.to_thread.run_sync(ssl.create_default_context)
+            if not verify:
+                context.check_hostname = False
+                context.verify_mode = ssl.CERT_NONE
+            fresh = httpx.AsyncClient(
+                verify=context,
+                trust_env=False,
+                timeout=None,  # the caller bounds the whole run
+                max_redirects=REDIRECTS_MAX,
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            )
+            client = self._clients.setdefault(verify, fresh)
+        return client
+
+    async def run(self, definition: CheckDefinition) -> CheckResult:
+        """2xx passes, 429 warns, everything else is critical. The caller bounds the time."""
+        method, url = _method(definition), definition.http
+        headers = [("User-Agent", USER_AGENT), ("Accept", "text/plain, text/*, */*")]
+        given = {name.lower() for name in definition.header}
+        headers = [(name, value) for name, value in headers if name.lower() not in given]
+        headers += [(name, value) for name, values in definition.header.items() for value in values]
+        extensions = {"sni_hostname": definition.tls_server_name} if definition.tls_server_name else {}
+        limit = min(definition.output_bytes_max or OUTPUT_BYTES, OUTPUT_BYTES)
+        try:
+            client = await self._client(verify=not definition.tls_skip_verify)
+            async with client.stream(
+                method,
+                url,
+                headers=headers,
+                content=definition.body.encode() or None,
+                follow_redirects=not definition.disable_redirects,
+                extensions=extensions,
+            ) as response:
+                body = b""
+                # Read to the end, as a server that cannot finish its answer is not well; the deadline bounds it.
+                async for chunk in response.aiter_bytes():
+                    body += chunk[: limit - len(body)]
+                code, phrase = response.status_code, response.reason_phrase
+        except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError, OSError, ValueError) as error:
+            return CheckResult("critical", f'{method} "{url}": {_http_reason(error)}')
+        text = body.decode("utf-8", "replace")
+        output = f"HTTP {method} {url}: {f'{code} {phrase}'.rstrip()} Output: {text}"
+        if 200 <= code <= 299:
+            return CheckResult("passing", output)
+        return CheckResult("warning" if code == httpx.codes.TOO_MANY_REQUESTS else "critical", output)
+
+
+def _http_reason(error: BaseException) -> str:
+    """The system's reason beneath httpx's layers where there is one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and (cause.errno or isinstance(cause.__cause__, BaseExceptionGroup)):
+            return _reason(cause)
+        cause = cause.__cause__ or cause.__context__
+    return str(error) or type(error).__name__
