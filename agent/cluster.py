@@ -43,6 +43,7 @@ _LOG = logging.getLogger("mesh.agent")
 
 TRANSFER_DEADLINE_S = 2.5  # an election timeout and the way there and back
 REMOVAL_DEADLINE_S = 3.0  # for the leader to take a leaving server out of the voters
+REMOVAL_POLL_S = 0.05
 GOSSIP_LEAVE_DEADLINE_S = 4.0  # the three together stay below the 10 s within which an agent stops
 CLUSTER_TAG = "cid"  # which cluster a server belongs to, so that two clusters never merge by accident
 
@@ -303,10 +304,19 @@ class ServerCluster(Cluster):
         if alone:
             return
         with trio.move_on_after(REMOVAL_DEADLINE_S):
-            while self.node_id in self.raft.status.voters:  # noqa: ASYNC110 — Raft has no event for it
-                await trio.sleep(0.02)
+            await self._wait_removed()
             return
         _LOG.warning("leaving, but still a voter: the next leader removes this server")
+
+    async def _wait_removed(self) -> None:
+        own = join_address((self._config.advertise_address, self.rpc_port))
+        while True:
+            try:
+                if own not in await self.backend.peers_at_leader():
+                    return
+            except MeshError as error:
+                _LOG.debug("asking the leader for its voters: %s", error)
+            await trio.sleep(REMOVAL_POLL_S)
 
 
 async def open_server(

@@ -99,6 +99,15 @@ class ServerBackend:
         voters = self._raft.status.voters
         return tuple(sorted(self._current_address(node_id, text) for node_id, text in voters.items()))
 
+    async def peers_at_leader(self) -> tuple[str, ...]:
+        """The voters as the leader has them: a server that was taken out is not told so any more by Raft.
+
+        Raises NoLeader, Unreachable, OutcomeUnknown.
+        """
+        if self._leadership.is_leader:
+            return await self.peer_addresses()
+        return STATUS_ANSWERS.decode(await self._call_leader(CALLS.encode(StatusCall()), RPC_TIMEOUT_S)).peers
+
     def resolve(self, node_id: str) -> Address | None:
         """Where the server with that ID listens: as gossip says, else as Raft's configuration says."""
         server = self._servers.get(node_id)
