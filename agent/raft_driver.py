@@ -28,7 +28,7 @@ from mesh.raft.messages import (
     decode_message,
     encode_message,
 )
-from mesh.raft.node import LeadershipChanged, Node, Ready, Write
+from mesh.raft.node import Compaction, LeadershipChanged, Node, Ready, Write
 from mesh.raft.replication import ChunkWanted
 
 __all__ = ["LeadershipChanged", "PeerStatus", "RaftDriver", "RaftStatus", "StateMachine"]
@@ -130,11 +130,6 @@ class _Waiter:
         return self.result
 
 
-@dataclass(frozen=True, slots=True)
-class _Compact:
-    first_index: int
-
-
 @dataclass(slots=True)
 class _Reads:
     """Reads under way: by id until confirmed, then by index until applied."""
@@ -174,7 +169,7 @@ class RaftDriver:
         self._membership_lock = trio.Lock()
         self._is_saving_snapshot = False
         self._threads = trio.CapacityLimiter(4)
-        self._jobs_in, self._jobs_out = trio.open_memory_channel[Write | _Compact](_JOBS_MAX)
+        self._jobs_in, self._jobs_out = trio.open_memory_channel[Write | Compaction](_JOBS_MAX)
 
     # -- life
 
@@ -330,8 +325,8 @@ class RaftDriver:
             match job:
                 case Write():
                     await self._write(job)
-                case _Compact(first_index):
-                    await self._blocking(lambda: self._store.compact(first_index))
+                case Compaction():
+                    await self._blocking(lambda: self._store.compact(job))  # noqa: B023 — awaited before the next job
 
     async def _write(self, write: Write) -> None:
         installed = await self._blocking(lambda: self._store.write(write))
@@ -345,10 +340,10 @@ class RaftDriver:
 
     async def _save_snapshot(self, node: Node, meta: SnapshotMeta, capture: Callable[[], Iterable[bytes]]) -> None:
         await self._blocking(lambda: self._store.save_snapshot(meta, capture()))
-        first_index = node.compact(meta)
-        self._jobs_in.send_nowait(_Compact(first_index))
+        compaction = node.compact(meta, trio.current_time())
+        self._jobs_in.send_nowait(compaction)
         self._is_saving_snapshot = False
-        logger.info("snapshot at index %d; the log begins at %d", meta.index, first_index)
+        logger.info("snapshot at index %d; the log begins at %d", meta.index, compaction.first_index)
         self._wake()
 
     async def _read_chunk(self, node: Node, wanted: ChunkWanted) -> None:

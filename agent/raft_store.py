@@ -28,7 +28,7 @@ from mesh.raft.messages import (
     decode_snapshot_meta,
     encode_snapshot_meta,
 )
-from mesh.raft.node import Write
+from mesh.raft.node import Compaction, Write
 
 SNAPSHOTS_KEPT: Final = 2
 """The newest, and the one before it that a follower may be receiving."""
@@ -63,8 +63,8 @@ class RaftStore(Protocol):
     def save_snapshot(self, meta: SnapshotMeta, chunks: Iterable[bytes]) -> None:
         """Make a snapshot of our own state durable; may run beside `write`."""
 
-    def compact(self, first_index: int) -> None:
-        """Forget entries before first_index, and snapshots beyond the newest two."""
+    def compact(self, compaction: Compaction) -> None:
+        """Forget what it says."""
 
     def read_snapshot(self, index: int, offset: int, size: int) -> tuple[bytes, bool, int]:
         """Bytes of that snapshot's file, whether they are its last, and its term. Raises NotFound when it is gone."""
@@ -347,13 +347,14 @@ class SqliteRaftStore:
             self._db.execute(f"INSERT INTO entry (id, term, kind, data, crc) VALUES {placeholders}", values)
             at += rows
 
-    def compact(self, first_index: int) -> None:
+    def compact(self, compaction: Compaction) -> None:
         """Forget the prefix of the log and old snapshots."""
         with self._lock, self._failing("compact", self._path):
             with self._transaction():
-                self._db.execute("DELETE FROM entry WHERE id < ?", (first_index,))
+                self._db.execute("DELETE FROM entry WHERE id < ?", (compaction.first_index,))
             for path in self._snapshot_paths()[:-SNAPSHOTS_KEPT]:
-                path.unlink()
+                if compaction.oldest_snapshot is None or path < self._snapshot_path(compaction.oldest_snapshot):
+                    path.unlink()
 
     # -- snapshots
 
@@ -491,10 +492,11 @@ class MemoryRaftStore:
         """Keep it."""
         self._snapshots[meta.index] = (meta, b"".join(_snapshot_parts(meta, chunks)))
 
-    def compact(self, first_index: int) -> None:
-        """Keep the newest two snapshots."""
+    def compact(self, compaction: Compaction) -> None:
+        """Keep the newest two snapshots, and one that a follower is receiving."""
         for index in sorted(self._snapshots)[:-SNAPSHOTS_KEPT]:
-            del self._snapshots[index]
+            if compaction.oldest_snapshot is None or index < compaction.oldest_snapshot:
+                del self._snapshots[index]
 
     def read_snapshot(self, index: int, offset: int, size: int) -> tuple[bytes, bool, int]:
         """Part of a snapshot; see RaftStore."""

@@ -90,6 +90,15 @@ class Ready:
     chunks_wanted: tuple[ChunkWanted, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Compaction:
+    """What the store may forget: entries before first_index, and snapshots before the newest two and before
+    oldest_snapshot, which a follower is receiving."""
+
+    first_index: int
+    oldest_snapshot: int | None
+
+
 @dataclass(slots=True)
 class _Incoming:
     term: int
@@ -573,21 +582,20 @@ class Node:
         assert term is not None
         return SnapshotMeta(index, term, self.log.configuration_at(index))
 
-    def compact(self, meta: SnapshotMeta) -> int:
-        """That snapshot is durable; drop what it replaces. Returns the first index that the store must keep."""
+    def compact(self, meta: SnapshotMeta, now: float) -> Compaction:
+        """That snapshot is durable; drop what it replaces. Returns what the store may forget."""
+        oldest = self._leader.oldest_snapshot_in_flight(now) if self._leader is not None else None
         if self.log.snapshot is not None and meta.index <= self.log.snapshot.index:
-            return self.log.first_index  # a leader's snapshot overtook it
+            return Compaction(self.log.first_index, oldest)  # a leader's snapshot overtook it
         first = self.log.trailing_from(
             meta.index, entries=self.config.trailing_entries, data_bytes=self.config.trailing_bytes
         )
-        if self._leader is not None and self.log.data_bytes < 4 * self.config.snapshot_bytes:
-            # 1. A follower installs the snapshot at 1000. 2. We compact to 3000. 3. It arrives and needs 1001: another
-            # snapshot, and so on for ever. What follows a snapshot under way stays, within reason.
-            oldest = self._leader.oldest_snapshot_in_flight()
-            if oldest is not None and oldest + 1 < first:
-                first = max(oldest + 1, self.log.first_index)
+        # 1. A follower installs the snapshot at 1000. 2. We compact to 3000. 3. It arrives and needs 1001: another
+        # snapshot, and so on for ever. A snapshot under way and what follows it stay, within reason.
+        if oldest is not None and oldest + 1 < first and self.log.data_bytes < 4 * self.config.snapshot_bytes:
+            first = max(oldest + 1, self.log.first_index)
         self.log.compact(meta, first)
-        return self.log.first_index
+        return Compaction(self.log.first_index, oldest)
 
     # -- output
 

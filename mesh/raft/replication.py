@@ -351,7 +351,13 @@ class Leader:
         if peer is not None and peer.state is ProgressState.SNAPSHOT and self._log.snapshot is not None:
             peer.start_snapshot(self._log.snapshot.index, now)
 
-    def oldest_snapshot_in_flight(self) -> int | None:
-        """The lowest snapshot index being sent to a follower that answers; the log behind it is kept meanwhile."""
-        indexes = [peer.snapshot_index for peer in self.progress.values() if peer.state is ProgressState.SNAPSHOT]
-        return min(indexes, default=None)
+    def oldest_snapshot_in_flight(self, now: float) -> int | None:
+        """The lowest snapshot index being sent to a follower that still answers."""
+        return min(
+            (
+                peer.snapshot_index
+                for peer in self.progress.values()
+                if peer.state is ProgressState.SNAPSHOT and now - peer.contact_s < self._config.election_timeout_s
+            ),
+            default=None,
+        )

@@ -31,7 +31,7 @@ from mesh.raft.messages import (
     encode_message,
     encode_snapshot_meta,
 )
-from mesh.raft.node import Node, Ready, Role, Write
+from mesh.raft.node import Compaction, Node, Ready, Role, Write
 from mesh.raft.replication import ChunkWanted
 
 CONFIG = replace(
@@ -112,10 +112,12 @@ class Disk:
             self.entries = {index: entry for index, entry in self.entries.items() if index < first}
             self.entries.update((entry.index, entry) for entry in write.entries)
 
-    def compact(self, first: int) -> None:
+    def compact(self, compaction: Compaction) -> None:
+        first = compaction.first_index
         self.entries = {index: entry for index, entry in self.entries.items() if index >= first}
         for index in sorted(self.snapshots)[:-2]:
-            del self.snapshots[index]
+            if compaction.oldest_snapshot is None or index < compaction.oldest_snapshot:
+                del self.snapshots[index]
 
     def load(self) -> tuple[HardState, SnapshotMeta | None, list[Entry]]:
         entries = [self.entries[index] for index in sorted(self.entries)]
@@ -420,9 +422,9 @@ class World:
         def saved() -> None:
             assert host.node is not None
             host.disk.snapshots[meta.index] = (meta, seal_snapshot(meta, state))
-            first = host.node.compact(meta)
+            compaction = host.node.compact(meta, self.clock(host))
             host.is_saving = False
-            self._for(host, 0.002, lambda: host.disk.compact(first))
+            self._for(host, 0.002, lambda: host.disk.compact(compaction))
             self._pump(host)
 
         self._for(host, self.rng.uniform(0.001, 0.3), saved)
