@@ -492,8 +492,8 @@ def split_address(address: str, *, default_port: int) -> tuple[str, int]:
     """Host and port of `host`, `host:port`, `[v6]`, `[v6]:port` or a bare IPv6 address. Raises Unreachable."""
     try:
         if address.startswith("["):
-            host, _, rest = address[1:].partition("]")
-            if rest and not rest.startswith(":"):
+            host, bracket, rest = address[1:].partition("]")
+            if not bracket or (rest and not rest.startswith(":")):
                 raise ValueError(address)
             port = int(rest[1:]) if rest else default_port
         elif address.count(":") == 1:

@@ -312,7 +312,11 @@ class GossipNode:
         self._serf.node_departed(record, now)
 
     def broadcast(self, name: str, message: Message, *, token: int | None = None) -> None:
-        self._enqueue(self._system, name, encode(message), token)
+        try:
+            self._enqueue(self._system, name, encode(message), token)
+        except LimitExceeded as error:
+            # Possible with a small packet size, a long label and full tags together; push-pulls still carry it.
+            self.note("oversized", f"news about {name} is not gossiped: {error}")
 
     def tell(self, endpoint: tuple[str, int], message: Message) -> None:
         self._send_packet(endpoint, encode(message))

@@ -30,6 +30,7 @@ DECOMPRESSED_BYTES_MAX = 40 * 1024 * 1024
 # Thirteen times the 5,000 agents a pool is advised to hold.
 NODES_MAX = 65_536
 _FRAME_HEADER_BYTES = 5
+_HEADER_SLACK_BYTES = 4096
 
 
 class PushPull(msgspec.Struct, frozen=True):
@@ -152,6 +153,8 @@ class _Body:
             raise WireError("type", f"message type {kind} is not one a stream carries")
         self._kind = kind
         length_max = STREAM_BYTES_MAX if kind == Kind.COMPRESS else PAYLOAD_BYTES_MAX
+        self._length_max = length_max
+        self._fed = 0
         self._unpacker = msgpack.Unpacker(
             raw=True,
             strict_map_key=True,
@@ -171,10 +174,14 @@ class _Body:
         self._tail_left = 0
 
     def feed(self, data: bytes) -> StreamMessage | None:
+        self._fed += len(data)
         try:
             self._unpacker.feed(data)
             return self._advance()
         except msgpack.OutOfData:
+            # msgpack checks a string's length once it has all of it: do not collect what will be refused anyway.
+            if self._fed - self._unpacker.tell() > self._length_max + _HEADER_SLACK_BYTES:
+                raise WireError("oversized", "a field of a stream message is too long") from None
             return None
         except WireError:
             raise
