@@ -83,9 +83,9 @@ def mesh_servers(folder: Path, count: int = 3) -> Iterator[list[str]]:
     urls = [f"http://127.0.0.1:{port}" for port in http]
     with running(commands, folder):
         wait_until("writes", lambda: all(fetch(f"{url}/v1/kv/ready", method="PUT", body=b"1") for url in urls))
-        leader = fetch(f"{urls[0]}/v1/status/leader").decode()
-        urls.sort(key=lambda url: rpc[urls.index(url)] != int(json.loads(leader).rpartition(":")[2]))
-        yield urls
+        leader_port = int(json.loads(fetch(f"{urls[0]}/v1/status/leader")).rpartition(":")[2])
+        leader = urls[rpc.index(leader_port)]
+        yield sorted(urls, key=lambda url: url != leader)
 
 
 @contextmanager
