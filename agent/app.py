@@ -12,6 +12,7 @@ import trio
 from agent.backend import Backend
 from agent.cluster import ClientCluster, ServerCluster, open_server
 from agent.config import PORT_OFF, AgentConfig, node_id, prepare_data_dir
+from agent.host import Host, own_node
 from agent.http.catalog import CatalogApi
 from agent.http.config_entries import ConfigApi
 from agent.http.connect_ca import ConnectCaApi
@@ -100,7 +101,10 @@ class Agent:
         config = self._config
         self._cluster = await self._make_cluster()
         async with trio.open_nursery() as nursery:
+            host = self._make_host()
+            await host.load()
             await nursery.start(self._cluster.run)
+            await nursery.start(host.run)
             http = HttpServer(self._routes(), self._listens(), self._http_settings(), self._runtime)
             await http.listen()
             nursery.start_soon(http.run)
@@ -117,6 +121,18 @@ class Agent:
         if self._config.server:
             return await open_server(self._config, self._runtime, self.metrics, node_id=self._node_id)
         return ClientCluster(self._config, self._runtime, self.metrics, node_id=self._node_id)
+
+    def _make_host(self) -> Host:
+        cluster = self._cluster
+        host = Host(
+            self._config,
+            self._runtime,
+            cluster.backend,
+            node=own_node(self._config, self._node_id),
+            cluster_size=lambda: len(cluster.gossip.members()),
+        )
+        cluster.subscribe(host.handle_event)
+        return host
 
     # -- joining
 

@@ -1,0 +1,122 @@
+"""This host's own part of an agent: its services and checks, their way into the catalog, and their identities.
+
+None of it is needed for the cluster to work, so none of it can stop the agent: a part that crashes is logged and
+started again.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from ipaddress import IPv4Address, ip_address
+from pathlib import Path
+
+import trio
+
+from agent.backend import Backend
+from agent.checks import CheckRunner
+from agent.config import AgentConfig
+from agent.definitions import configured_checks, configured_services
+from agent.leaves import LeafManager
+from agent.local_state import LocalState
+from agent.membership import parse_server
+from agent.runtime import Runtime
+from agent.synchronizer import Synchronizer
+from agent.version import CONSUL_API_VERSION
+from mesh.errors import ConfigError, MeshError
+from mesh.gossip.events import GossipEvent, MemberJoined
+from mesh.model.catalog import Node
+
+_LOG = logging.getLogger("mesh.agent")
+
+RESTART_PAUSE_S = 1.0
+RESTART_PAUSE_S_MAX = 60.0
+_STEADY_S = 300.0  # a part that ran this long before it crashed is started again at once
+
+
+def own_node(config: AgentConfig, node_id: str) -> Node:
+    """This agent's row of the catalog, as Consul's agents fill it."""
+    address = config.advertise_address
+    tagged = {"lan": address, "wan": address}
+    if isinstance(ip_address(address), IPv4Address):
+        tagged |= {"lan_ipv4": address, "wan_ipv4": address}
+    else:
+        tagged |= {"lan_ipv6": address, "wan_ipv6": address}
+    return Node(
+        node=config.node_name,
+        address=address,
+        node_id=node_id,
+        datacenter=config.datacenter,
+        tagged_addresses=tagged,
+        meta={"consul-network-segment": "", "consul-version": CONSUL_API_VERSION, **config.node_meta},
+    )
+
+
+class Host:
+    """Local state, checks, anti-entropy and leaves of one agent."""
+
+    def __init__(
+        self, config: AgentConfig, runtime: Runtime, backend: Backend, *, node: Node, cluster_size: Callable[[], int]
+    ) -> None:
+        self._config = config
+        self.node = node
+        data_dir = Path(config.data_dir) if config.data_dir else None
+        self.state = LocalState(
+            config.node_name,
+            runtime,
+            data_dir=data_dir,
+            sidecar_ports=(config.ports.sidecar_min_port, config.ports.sidecar_max_port),
+            check_output_bytes_max=config.check_output_max_size,
+        )
+        self.leaves = LeafManager(backend=backend, runtime=runtime, datacenter=config.datacenter, data_dir=data_dir)
+        self._checks = CheckRunner(self.state, backend, runtime, node_name=config.node_name)
+        self._synchronizer = Synchronizer(
+            self.state,
+            backend,
+            runtime,
+            node=lambda: self.node,
+            cluster_size=cluster_size,
+            check_update_interval_s=config.check_update_interval_s,
+        )
+
+    async def load(self) -> None:
+        """Brings back what was registered before, then adds what the configuration files define.
+
+        Raises ConfigError naming what is wrong with a definition or the data directory.
+        """
+        services, checks = configured_services(self._config.services), configured_checks(self._config.checks)
+        try:
+            await self.state.restore()
+            for service in services:
+                await self.state.add_service(service, source="config")
+            for check in checks:
+                await self.state.add_check(check, source="config")
+        except MeshError as error:
+            raise ConfigError(f"cannot set up this agent's services: {error}") from error
+
+    def handle_event(self, event: GossipEvent) -> None:
+        """A server that appears may not know this node yet."""
+        if isinstance(event, MemberJoined) and parse_server(event.member, self._config.datacenter) is not None:
+            self._synchronizer.server_appeared()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep_running, "leaves", self.leaves.run)
+            nursery.start_soon(keep_running, "checks", self._checks.run)
+            nursery.start_soon(keep_running, "synchronizer", self._synchronizer.run)
+            task_status.started()
+
+
+async def keep_running(name: str, run: Callable[[], Awaitable[object]]) -> None:
+    """Runs an optional part for ever: a crash of it is logged with its reason, and it starts again."""
+    pause_s = RESTART_PAUSE_S
+    while True:
+        started = trio.current_time()
+        try:
+            await run()
+            _LOG.error("%s ended by itself; starting it again", name)
+        except Exception:
+            _LOG.exception("%s crashed; starting it again in %g s", name, pause_s)
+        if trio.current_time() - started > _STEADY_S:
+            pause_s = RESTART_PAUSE_S
+        await trio.sleep(pause_s)
+        pause_s = min(RESTART_PAUSE_S_MAX, pause_s * 2)
