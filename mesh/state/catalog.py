@@ -124,6 +124,8 @@ class Catalog:
         if isinstance(row, Node):
             if node in self.nodes:
                 raise Refused(f"node {row.node!r} is there twice")
+            if row.node_id and fold(row.node_id) in self._node_by_id:
+                raise Refused(f"node ID {row.node_id} is there twice")
             self.nodes[node] = row
             if row.node_id:
                 self._node_by_id[fold(row.node_id)] = node
@@ -132,6 +134,8 @@ class Catalog:
             raise Refused(f"a row belongs to node {node!r}, which is not there")
         if isinstance(row, Service):
             key = (node, fold(row.service_id))
+            if key in self.services:
+                raise Refused(f"service {row.service_id!r} on node {node!r} is there twice")
             self.services[key] = row
             self._services_on.setdefault(node, {})[key[1]] = None
             for group in groups_of(row):
@@ -140,6 +144,8 @@ class Catalog:
         if row.service_id and (node, fold(row.service_id)) not in self.services:
             raise Refused(f"check {row.check_id!r} belongs to service {row.service_id!r}, which is not there")
         key = (node, fold(row.check_id))
+        if key in self.checks:
+            raise Refused(f"check {row.check_id!r} on node {node!r} is there twice")
         self.checks[key] = row
         self._checks_of.setdefault((node, fold(row.service_id)), {})[key[1]] = None
 
