@@ -6,6 +6,7 @@ import re
 from collections import deque
 from dataclasses import dataclass, replace
 from email.utils import formatdate
+from functools import lru_cache
 from typing import Protocol
 from urllib.parse import quote
 
@@ -20,7 +21,7 @@ from agent.http.router import Router
 from agent.runtime import Runtime
 from agent.strict_json import MalformedJson
 from mesh.errors import InvalidRequest, MeshError, ProtocolError
-from mesh.http.h1 import CONTINUE, EndOfMessage, Rejected, RequestEvent, ServerConnection
+from mesh.http.h1 import CONTINUE, END, EndOfMessage, Rejected, RequestEvent, ServerConnection
 from mesh.http.head import RequestHead, ResponseHead, tokens
 
 log = logging.getLogger("mesh.http")
@@ -153,20 +154,20 @@ class HttpConnection:
 
     async def _read_head(self, *, first: bool) -> RequestHead | None:
         """The next request's head, None when there is none: the connection is over."""
-        if not (first or self._events or self._ahead or self._eof):
-            with trio.move_on_after(self._limits.idle_s) as self._interruptible:
-                await self._receive()
-            interrupted = self._interruptible.cancelled_caught
-            self._interruptible = None
-            if interrupted:
-                return None
-        with trio.move_on_after(self._limits.header_s) as scope:
-            if first:
+        begun = bool(self._events or self._ahead or self._eof)
+        allowed_s = self._limits.header_s if first or begun else self._limits.idle_s
+        with trio.move_on_after(allowed_s) as scope:
+            if not begun:
                 self._interruptible = scope
+                await self._receive()
+                begun = not self._eof
+                if not first:
+                    scope.deadline = trio.current_time() + self._limits.header_s
+                self._interruptible = None
             event = await self._next_event()
         self._interruptible = None
         if scope.cancelled_caught:
-            if not first:
+            if begun:
                 await self._send(self._codec.reject(Rejected(408, "the request's headers took too long")))
             return None
         if isinstance(event, Rejected):
@@ -210,8 +211,12 @@ class HttpConnection:
         """Answers one request, whose head was read."""
         judged = self._judge(head)
         body_max = judged.route.body_bytes_max if isinstance(judged, _Task) else DISCARD_BYTES_MAX
-        with trio.fail_after(self._limits.body_s):
-            body = await self._read_body(head, body_max)
+        if self._events and self._events[0] is END:
+            self._events.popleft()  # no body, as most requests
+            body: bytes | Rejected | None = b""
+        else:
+            with trio.fail_after(self._limits.body_s):
+                body = await self._read_body(head, body_max)
         if isinstance(body, Rejected):
             await self._reject(body)
             return
@@ -335,7 +340,7 @@ class HttpConnection:
             body = msgspec.json.format(body, indent=4) + b"\n"
         headers = [
             (b"Content-Type", response.content_type.encode()),
-            (b"Date", formatdate(int(self._runtime.unix_time_s()), usegmt=True).encode()),
+            (b"Date", _date(int(self._runtime.unix_time_s()))),
             (b"Vary", b"Accept-Encoding"),
             (b"X-Content-Type-Options", b"nosniff"),
             (b"X-Consul-Default-Acl-Policy", settings.default_policy.encode()),
@@ -370,6 +375,11 @@ async def _run(handler: Handler, request: ApiRequest) -> ApiResponse:
     except Exception:
         log.exception("%s %s: the handler failed", request.method, request.path)
         return text_response("Internal error; the agent's log says more", status=500)
+
+
+@lru_cache(maxsize=2)
+def _date(unix_s: int) -> bytes:
+    return formatdate(unix_s, usegmt=True).encode()
 
 
 def _moved(path: str, query: str) -> ApiResponse:

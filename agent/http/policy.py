@@ -6,6 +6,7 @@ all with a request that needs no preflight (it carries Origin). Other clients ar
 """
 
 from collections.abc import Collection
+from functools import lru_cache
 from ipaddress import ip_address
 
 # Names below these can be registered by nobody in the public DNS, so no page can be served from them by rebinding.
@@ -22,11 +23,7 @@ def host_allowed(authority: str, allowed: Collection[str]) -> bool:
     host = _host(authority)
     if not host or host in allowed or "." not in host or host.endswith(_PRIVATE_SUFFIXES):
         return True
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
+    return _is_ip_address(host)
 
 
 def origin_allowed(method: str, origin: str | None, authority: str) -> bool:
@@ -35,6 +32,15 @@ def origin_allowed(method: str, origin: str | None, authority: str) -> bool:
         return True
     _, separator, host = origin.partition("://")
     return bool(separator) and host.lower() == authority.lower()
+
+
+@lru_cache(maxsize=256)  # callers send the same few over and over
+def _is_ip_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _host(authority: str) -> str:

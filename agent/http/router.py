@@ -7,6 +7,8 @@ from urllib.parse import unquote_to_bytes
 from agent.http.request import Route
 from mesh.errors import InvalidRequest
 
+_START_SEGMENTS = 3  # "", "v1" and the family: what patterns are looked up by
+
 
 @dataclass(frozen=True)
 class Match:
@@ -29,6 +31,13 @@ class Match:
 class _Pattern:
     segments: tuple[str, ...]
     routes: Mapping[str, Route]
+
+    @property
+    def start(self) -> tuple[str, ...]:
+        """What a path that matches begins with: `/v1/<family>`, or nothing when the pattern is shorter than that."""
+        start = self.segments[:_START_SEGMENTS]
+        literal = len(start) == _START_SEGMENTS and not any(segment.startswith(":") for segment in start)
+        return start if literal else ()
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -68,16 +77,20 @@ class Router:
             same = by_pattern.setdefault(route.pattern, {})
             assert route.method not in same, f"{route.method} {route.pattern} is routed twice"
             same[route.method] = route
-        patterns = (_Pattern(tuple(pattern.split("/")), same) for pattern, same in by_pattern.items())
-        self._patterns = sorted(patterns, key=lambda pattern: pattern.rank, reverse=True)
+        patterns = [_Pattern(tuple(pattern.split("/")), same) for pattern, same in by_pattern.items()]
+        patterns.sort(key=lambda pattern: pattern.rank, reverse=True)
+        self._by_start: dict[tuple[str, ...], list[_Pattern]] = {}
+        for pattern in patterns:
+            self._by_start.setdefault(pattern.start, []).append(pattern)
 
     def match(self, path: str) -> Match | None:
         """The match of a raw path without its query. Raises InvalidRequest for a capture that does not decode."""
         segments = path.split("/")
-        for pattern in self._patterns:
-            captures = pattern.match(segments)
-            if captures is not None:
-                return Match(pattern.routes, {name: _decoded(text) for name, text in captures.items()})
+        for start in (tuple(segments[:_START_SEGMENTS]), ()):
+            for pattern in self._by_start.get(start, ()):
+                captures = pattern.match(segments)
+                if captures is not None:
+                    return Match(pattern.routes, {name: _decoded(text) for name, text in captures.items()})
         return None
 
 
