@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from sim.raft_world import CONFIG, World
+from sim.raft_world import CONFIG, World, seal_snapshot
 
 from mesh.errors import LimitExceeded, NotLeader, ProtocolError, Refused
 from mesh.raft.messages import (
@@ -20,6 +20,7 @@ from mesh.raft.messages import (
     Message,
     Server,
     SnapshotChunk,
+    SnapshotMeta,
     TimeoutNow,
     VoteRequest,
     VoteResponse,
@@ -293,7 +294,8 @@ def test_snapshot_older_than_the_log_removes_nothing_that_was_acknowledged() -> 
     log.commit = log.applied = min(log.commit, behind - 1)
     term = log.term_at(behind)
     assert term is not None
-    world.deliver(leader, follower, SnapshotChunk(node.term, behind, term, 0, b"late", True))
+    late = seal_snapshot(SnapshotMeta(behind, term, log.configuration), 0)
+    world.deliver(leader, follower, SnapshotChunk(node.term, behind, term, 0, late, True))
     world.run(0.02)
     assert log.last_index == last
 
@@ -470,7 +472,8 @@ def test_vote_is_withheld_from_others_while_a_leader_may_hold_a_lease() -> None:
     node = world.node(voter)
     for ahead in (1, 0):
         # Also when our term has moved past that leader's for another reason.
-        node.term += 1 - ahead
+        if not ahead:
+            node.term, node.vote, node.leader_id = node.term + 1, None, None
         world.deliver(rival, voter, VoteRequest(node.term + ahead, 99, node.term, False, False))
         assert node.vote != rival
 
@@ -520,6 +523,42 @@ def test_reads_are_answered_only_by_a_round_that_began_after_them() -> None:
     assert world.reads_done == 0
     world.run(3.0)
     assert not host.reads, "the read failed when the leadership ended"
+
+
+def test_longer_log_of_an_older_term_gets_no_vote() -> None:
+    world = World(36, "abc")
+    leader = world.wait_leader()
+    world.run(1.0)
+    world.crash(leader)
+    world.run(1.0)  # nobody is shielded any more
+    voter, rival = others(world, leader)
+    log = world.node(voter).log
+    term = world.node(voter).term
+    for pre in (True, False):
+        world.deliver(rival, voter, VoteRequest(term + 9, log.last_index + 100, log.last_term - 1, pre, False))
+        assert world.node(voter).vote != rival or world.node(voter).term < term + 9
+
+
+def test_leader_without_a_quorum_falls_silent_when_its_lease_ends() -> None:
+    world = World(37, "abc")
+    leader = world.wait_leader()
+    world.run(1.0)
+    for other in others(world, leader):
+        world.blocked.add((other, leader))
+    sent: list[float] = []
+    cut_at = world.now
+
+    def watch(sender: str, _: str, message: Message) -> Message:
+        if sender == leader and isinstance(message, HeartbeatRequest | AppendRequest):
+            sent.append(world.now)
+        return message
+
+    world.tampered = watch
+    world.run(0.85)
+    world.propose(leader, b"x")
+    assert world.leader() == leader
+    assert sent
+    assert max(sent) <= cut_at + CONFIG.lease_s + 0.01
 
 
 # -- 13: transfer
