@@ -81,16 +81,19 @@ class Authority:
             **fields,
         )
 
-    def two_hops(self, *, outbound_port, inbound_port, app_port, protocol="http", version=1, target=None, **inbound):
+    def two_hops(
+        self, *, outbound_port, inbound_port, app_port, address="127.0.0.1", protocol="http", version=1, target=None,
+        **inbound,
+    ):  # fmt: skip
         """web's outbound listener, api's inbound one, the application behind it: both sidecars in one worker."""
         inbound.setdefault("default_allow", True)
         target = {
-            "endpoints": (EndpointConfig("api-1", "127.0.0.1", inbound_port),),
+            "endpoints": (EndpointConfig("api-1", address, inbound_port),),
             "expected_spiffe_ids": (self.spiffe_id("api"),),
             **(target or {}),
         }
-        outbound = OutboundListener("127.0.0.1", outbound_port, TargetConfig("api", **target), protocol)
-        public = InboundListener("127.0.0.1", inbound_port, "127.0.0.1", app_port, protocol, **inbound)
+        outbound = OutboundListener(address, outbound_port, TargetConfig("api", **target), protocol)
+        public = InboundListener(address, inbound_port, address, app_port, protocol, **inbound)
         return WorkerConfig(version, (self.sidecar("web", outbound=[outbound]), self.sidecar("api", inbound=public)))
 
 
@@ -185,6 +188,11 @@ class WorkerProcess:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+
+
+def loopback_address():
+    """An address of 127.0.0.0/8 that nobody else on this machine uses: whole port ranges without a collision."""
+    return f"127.{_RNG.randrange(1, 255)}.{_RNG.randrange(1, 255)}.{_RNG.randrange(1, 255)}"
 
 
 def free_ports(count):

@@ -196,6 +196,8 @@ class Connection:
             self.reactor.resume(self.descriptor, self._interest)
         elif not self._interest & READABLE and not self.saw_eof:
             self._set_interest(self._interest | READABLE)
+        if self.tls is not None and self._incoming.pending:
+            self.reactor.call_soon(self._decrypt_held)  # no poller reports what has been read already
 
     def _read(self) -> None:
         try:
@@ -228,7 +230,15 @@ class Connection:
             self._lose("the connection ended without a TLS close")  # it may have been cut short by anyone
 
     def _ready_for_data(self) -> bool:
-        return not self._handshaking and not self.closed and self._incoming.pending > 0
+        return not (self._handshaking or self.closed or self._paused) and self._incoming.pending > 0
+
+    def _decrypt_held(self) -> None:
+        if self.tls is not None and self._ready_for_data():
+            try:
+                self._decrypt(self.tls)
+            except Exception as error:
+                self.fault(error)
+                raise
 
     def _decrypt(self, tls: ssl.SSLObject) -> None:
         pieces: list[bytes] = []

@@ -62,6 +62,8 @@ class Reactor:
         self._timers: list[Timer] = []
         self._soon: deque[Callable[[], None]] = deque()
         self._closing: list[socket.socket] = []
+        self._in_turn = False
+        self._sleep: trio.CancelScope | None = None
         self._clock = trio.lowlevel.current_clock().current_time
         self.now = self._clock()
         self.faults = 0
@@ -69,6 +71,10 @@ class Reactor:
     def time(self) -> float:
         """Seconds on the reactor's clock, this instant."""
         return self._clock()
+
+    def refresh(self) -> None:
+        """Reads the clock: before work that does not come from a turn."""
+        self.now = self._clock()
 
     def register(self, descriptor: int, handler: Handler, mask: int) -> None:
         """Starts watching a descriptor."""
@@ -93,17 +99,29 @@ class Reactor:
         """
         if self._handlers.pop(descriptor, None) is not None and not suspended:
             self._poller.unregister(descriptor)
-        self._closing.append(sock)
+        if self._in_turn:
+            self._closing.append(sock)
+        else:
+            sock.close()
 
     def call_at(self, deadline: float, callback: Callable[[], None]) -> Timer:
         """Runs a callback at or after a time on this reactor's clock."""
         timer = Timer(deadline, callback)
         heapq.heappush(self._timers, timer)
+        if not self._in_turn:
+            self._wake()
         return timer
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Runs a callback after the current one has returned: for results that may not arrive re-entrantly."""
         self._soon.append(callback)
+        if not self._in_turn:
+            self._wake()
+
+    def _wake(self) -> None:
+        """A Trio task has changed something while the poller sleeps."""
+        if self._sleep is not None:
+            self._sleep.cancel()
 
     def guard(self, callback: Callable[[], None], on_fault: Callable[[Exception], None] | None = None) -> None:
         """Runs a callback; what it raises is counted, logged, and goes no further."""
@@ -149,9 +167,11 @@ class Reactor:
         """One batch: ready descriptors, deferred calls, due timers. False when no descriptor was ready."""
         ready = self._poller.poll(0)
         self.now = self._clock()
+        self._in_turn = True
         if ready:
             self._dispatch(ready)
         self._run_due()
+        self._in_turn = False
         return bool(ready) or bool(self._soon)
 
     async def run(self) -> None:
@@ -159,11 +179,12 @@ class Reactor:
         descriptor = self._poller.fileno()
         while True:
             deadline = self._timers[0].deadline if self._timers else float("inf")
-            with trio.CancelScope(deadline=deadline):
-                if self._soon:
-                    await trio.lowlevel.checkpoint()
-                else:
+            if self._soon:
+                await trio.lowlevel.checkpoint()
+            else:
+                with trio.CancelScope(deadline=deadline) as self._sleep:
                     await trio.lowlevel.wait_readable(descriptor)
+                self._sleep = None
             for _ in range(BATCHES_MAX):
                 if not self.turn():
                     break

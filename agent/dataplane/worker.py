@@ -154,6 +154,7 @@ class Worker:
                 if self._draining:
                     return Nack(config.version, "the worker is draining")
                 try:
+                    self._reactor.refresh()
                     self._tables.apply(config)
                 except ConfigError as error:
                     _LOG.error("configuration %d was refused: %s", config.version, error)
