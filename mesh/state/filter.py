@@ -15,7 +15,7 @@ any element. Parsing is linear in the expression; matching is linear in the valu
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,14 +54,20 @@ class _Token:
 class Filter:
     """A parsed expression."""
 
-    def __init__(self, expression: str) -> None:
-        """Raises InvalidRequest, with the text the API answers, when the expression is not valid."""
+    def __init__(self, expression: str, *, fields: Collection[str] | None = None) -> None:
+        """`fields` are all the fields that the values can have; a selector of any other is then an error.
+
+        Raises InvalidRequest, with the text the API answers, when the expression is not valid.
+        """
         if len(expression) > EXPRESSION_CHARS_MAX:
             raise _invalid(f"the expression is longer than {EXPRESSION_CHARS_MAX} characters")
-        self._matches = _Parser(_tokens(expression)).parse()
+        self._matches = _Parser(_tokens(expression), fields).parse()
 
     def matches(self, value: object) -> bool:
-        """Whether the value is selected. Raises InvalidRequest when it has not the type that the expression needs."""
+        """Whether the value is selected. A field that it lacks is empty.
+
+        Raises InvalidRequest when a field has not the type that the expression needs.
+        """
         return self._matches(value)
 
     def select(self, values: Sequence[object]) -> list[object]:
@@ -123,8 +129,9 @@ def _path(text: str) -> tuple[str, ...]:
 class _Parser:
     """Recursive descent, one token ahead."""
 
-    def __init__(self, tokens: list[_Token]) -> None:
+    def __init__(self, tokens: list[_Token], fields: Collection[str] | None) -> None:
         self._tokens = tokens
+        self._fields = fields
         self._position = 0
         self._depth = 0
 
@@ -192,7 +199,7 @@ class _Parser:
             return _predicate(self._selector(), "in", self._value_of(token), negated=True)
         if token.kind != "selector":
             raise self._unexpected()
-        path = _path(token.text)
+        path = self._field_path(token)
         if self._take("is", "not", "empty"):
             return _predicate(path, "empty", "", negated=True)
         if self._take("is", "empty"):
@@ -219,7 +226,13 @@ class _Parser:
         if token.kind != "selector":
             raise self._unexpected()
         self._position += 1
-        return _path(token.text)
+        return self._field_path(token)
+
+    def _field_path(self, token: _Token) -> tuple[str, ...]:
+        path = _path(token.text)
+        if self._fields is not None and path[0] not in self._fields:
+            raise _invalid(f'Selector "{".".join(path)}" is not valid')
+        return path
 
     @staticmethod
     def _value_of(token: _Token) -> str:

@@ -145,7 +145,11 @@ class IntentionTable:
             self._link(*key)
         else:
             rule = replace(
-                rule, created_at_s=old.created_at_s, create_index=old.create_index, modify_index=old.modify_index
+                rule,
+                intention_id=rule.intention_id or old.intention_id,  # who rewrites a rule by its pair names no ID
+                created_at_s=old.created_at_s,
+                create_index=old.create_index,
+                modify_index=old.modify_index,
             )
             if same(replace(rule, updated_at_s=old.updated_at_s), old):
                 return False

@@ -404,6 +404,13 @@ def test_rewriting_a_rule_keeps_its_creation_and_moves_only_what_changed(log):
     assert (web.create_index, web.modify_index, web.created_at_s, web.updated_at_s) == (1, 2, 10.0, 20.0)
 
 
+def test_rule_rewritten_by_its_pair_keeps_its_id(log):
+    log.apply(IntentionUpsert(Intention("web", "api", "allow", intention_id="abc")))
+    log.apply(IntentionUpsert(Intention("web", "api", "deny")))
+    (rule,) = run(log.store, ListIntentions()).value
+    assert (rule.action, rule.intention_id) == ("deny", "abc")
+
+
 def test_last_rule_of_a_destination_takes_its_config_entry_along(log):
     log.apply(IntentionUpsert(Intention("web", "api")))
     log.apply(IntentionDelete("web", "api"))
