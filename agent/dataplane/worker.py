@@ -120,16 +120,12 @@ class Worker:
             nursery.start_soon(self._serve_agent, stream)
 
     async def _serve_agent(self, stream: trio.SocketStream) -> None:
-        if self._current is not None:
-            self._current.cancel()  # the newest agent wins
-        self._agent_lost_at = float("inf")
         with trio.CancelScope() as scope:
-            self._current = scope
             async with stream:
                 try:
-                    await self._answer_all(stream)
+                    await self._answer_all(stream, scope)
                 except MeshError as error:
-                    _LOG.warning("the agent's control connection was closed: %s", error)
+                    _LOG.warning("a control connection was closed: %s", error)
                 except trio.BrokenResourceError:
                     _LOG.info("the agent's control connection broke")
                 except trio.TooSlowError:
@@ -138,13 +134,23 @@ class Worker:
             self._current = None
             self._agent_lost_at = trio.current_time()
 
-    async def _answer_all(self, stream: trio.SocketStream) -> None:
+    def _take_over(self, scope: trio.CancelScope) -> None:
+        """The newest agent wins: one that has said something sensible, not one that only looks whether we are here."""
+        if self._current is not scope:
+            if self._current is not None:
+                self._current.cancel()
+            self._current = scope
+            self._agent_lost_at = float("inf")
+
+    async def _answer_all(self, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
         reader = FrameReader(stream)
         while True:
             data = await reader.read()
             if data is None:
                 return
-            reply = self._answer(REQUESTS.decode(data))
+            request = REQUESTS.decode(data)
+            self._take_over(scope)
+            reply = self._answer(request)
             with trio.fail_after(REPLY_TIMEOUT_S):
                 await stream.send_all(frame(reply))
 

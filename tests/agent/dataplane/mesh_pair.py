@@ -6,7 +6,6 @@ import ssl
 import struct
 import threading
 
-import pytest
 from sidecars import Authority, WorkerProcess, loopback_address
 
 from agent.dataplane.control import Ack
@@ -167,9 +166,9 @@ class Hops:
 class Pair:
     """The module's worker."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, **options):
         self.authority = Authority()
-        self.worker = WorkerProcess(directory)
+        self.worker = WorkerProcess(directory, **options)
         self._version = 0
         self._open = []
 
@@ -193,17 +192,3 @@ class Pair:
 
     def close(self):
         self.worker.close()
-
-
-@pytest.fixture(scope="module")
-def _pair(tmp_path_factory):
-    pair = Pair(tmp_path_factory.mktemp("worker"))
-    yield pair
-    pair.close()
-
-
-@pytest.fixture
-def pair(_pair):
-    """The module's worker, checked after each test."""
-    yield _pair
-    _pair.end_test()

@@ -6,7 +6,6 @@ import socket
 import time
 
 import pytest
-from mesh_pair import _pair, pair  # noqa: F401 - fixtures
 
 GET = b"GET / HTTP/1.1\r\nHost: api\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

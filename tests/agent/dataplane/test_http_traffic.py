@@ -3,7 +3,6 @@
 import time
 
 import pytest
-from mesh_pair import _pair, pair  # noqa: F401 - fixtures
 
 GET = b"GET /path?q=1 HTTP/1.1\r\nHost: api\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -363,7 +362,7 @@ def test_a_slow_reader_stalls_only_its_own_stream_in_bounded_memory(pair):
     app.sock.settimeout(0.3)
     pattern = bytes(range(256)) * 256
     sent = 0
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError):  # noqa: PT012
         while sent < 256 * 1024 * 1024:
             sent += app.sock.send(pattern[sent % 65536 :])
     assert sent < 64 * 1024 * 1024  # kernel buffers and our marks: then the application was stopped

@@ -4,7 +4,7 @@ import socket
 import time
 
 import pytest
-from mesh_pair import Peer, _pair, pair  # noqa: F401 - fixtures
+from mesh_pair import Peer
 from sidecars import Authority
 
 from agent.dataplane.control import Ack
@@ -72,7 +72,7 @@ def test_an_endpoint_that_fails_verification_is_passed_over_for_one_that_passes(
     impostor_config = pair.authority.two_hops(
         outbound_port=9191, inbound_port=21000, app_port=8080, address=impostor.address, version=pair.next_version()
     )
-    web, api = impostor_config.sidecars
+    _web, api = impostor_config.sidecars
     fake = pair.authority.sidecar("impostor", inbound=api.inbound)
     real = hops.pair.authority.two_hops(
         outbound_port=9191, inbound_port=21000, app_port=8080, address=hops.address, version=pair.next_version(),
@@ -83,10 +83,11 @@ def test_an_endpoint_that_fails_verification_is_passed_over_for_one_that_passes(
     config = type(real)(real.version, (*real.sidecars, fake))
     reply = pair.worker.configure(config)
     assert reply == Ack(config.version)
+    app = None
     for _ in range(6):
         client = hops.client()
         client.send(b"POST / HTTP/1.1\r\nHost: api\r\nContent-Length: 4\r\nConnection: close\r\n\r\nbody")
-        app = hops.app() if _ == 0 else app
+        app = app or hops.app()
         assert app.read_message()[1] == b"body"
         app.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
         assert client.read_message()[1] == b"ok"

@@ -4,7 +4,6 @@ import random
 import threading
 
 import pytest
-from mesh_pair import _pair, pair  # noqa: F401 - fixtures
 
 from mesh.proxy.sidecar_config import EndpointConfig, L4Rule
 
@@ -127,7 +126,7 @@ def test_a_slow_reader_stops_the_writer_in_bounded_memory(pair):
     before = pair.worker.rss_bytes()
     app.sock.settimeout(0.3)
     sent = 0
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError):  # noqa: PT012
         while sent < 256 * 1024 * 1024:
             sent += app.sock.send(b"x" * 65536)
     assert pair.worker.rss_bytes() - before < 16 * 1024 * 1024
