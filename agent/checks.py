@@ -72,6 +72,7 @@ class CheckRunner:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
         """Runs checks until cancelled."""
         unsubscribe = self._state.subscribe(self._wake)
+        self._jobs.clear()  # should an earlier run have ended by an error
         try:
             async with trio.open_nursery() as nursery:
                 task_status.started()

@@ -86,7 +86,18 @@ def service_definition(body: object) -> ServiceDefinition:
         if service.kind:
             raise InvalidRequest("Invalid SidecarService: only a typical service can have one, not a proxy or gateway")
         sidecar = _sidecar(connect.raw("SidecarService"), service)
-    return ServiceDefinition(service, checks, sidecar)
+    return ServiceDefinition(_with_default_addresses(service), checks, sidecar)
+
+
+def _with_default_addresses(service: Service) -> Service:
+    """With the tagged addresses that Consul derives from an IP address, unless they are given."""
+    try:
+        version = ipaddress.ip_address(service.address).version
+    except ValueError:
+        return service
+    own = ServiceAddress(service.address, service.port)
+    derived = {f"lan_ipv{version}": own, f"wan_ipv{version}": own}
+    return msgspec.structs.replace(service, tagged_addresses=derived | service.tagged_addresses)
 
 
 def _with_proxy(service: Service) -> Service:
@@ -315,7 +326,7 @@ def _sidecar(value: object, parent: Service) -> ServiceDefinition:
 
 def with_sidecar_port(sidecar: ServiceDefinition, parent: Service, port: int) -> ServiceDefinition:
     """The sidecar at its port, with Consul's two checks where its definition brings none of its own."""
-    service = msgspec.structs.replace(sidecar.service, port=port)
+    service = _with_default_addresses(msgspec.structs.replace(sidecar.service, port=port))
     if sidecar.checks:
         return ServiceDefinition(service, sidecar.checks)
     proxy = service.proxy or Proxy()

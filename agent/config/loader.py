@@ -331,6 +331,8 @@ def _check_addresses(given: _Given, config: AgentConfig) -> None:
     for key, text in named.items():
         if not text and key not in ("bind_addr", "client_addr"):
             continue
+        if key == "addresses.http" and text.startswith("unix://"):
+            continue
         if "{{" in text or text.startswith("unix:") or " " in text:
             raise given.error(key, f"{text!r}: templates, sockets and lists of addresses are not supported yet")
         try:
@@ -346,7 +348,7 @@ def _check_ports(given: _Given, config: AgentConfig) -> None:
     if ports.sidecar_min_port > ports.sidecar_max_port:
         raise given.error("ports.sidecar_min_port", "is above ports.sidecar_max_port")
     binds = [(name, config.client_bind(name)) for name in ("dns", "http", "https", "grpc")]
-    used = [(name, *bind) for name, bind in binds if bind is not None]
+    used = [(name, *bind) for name, bind in binds if bind is not None and not bind[0].startswith("unix://")]
     used.append(("serf_lan", config.bind_address, ports.serf_lan))
     if config.server:
         used.append(("server", config.bind_address, ports.server))

@@ -38,7 +38,9 @@ def test_a_service_definition_becomes_a_service_and_its_checks() -> None:
     definition = service_definition(WEB)
     service = definition.service
     assert (service.service_id, service.service, service.port, service.tags) == ("web-1", "web", 80, ("a", "b"))
-    assert service.tagged_addresses == {"lan": ServiceAddress("10.0.0.1", 81)}
+    own = ServiceAddress("10.0.0.1", 80)
+    lan = ServiceAddress("10.0.0.1", 81)
+    assert service.tagged_addresses == {"lan": lan, "lan_ipv4": own, "wan_ipv4": own}
     assert service.weights == Weights(3, 0)
     assert service.proxy is None
     first, second = definition.checks
@@ -151,6 +153,8 @@ def test_a_sidecar_takes_from_its_parent_what_it_does_not_say() -> None:
     assert (service.service_id, service.service) == ("web-1-sidecar-proxy", "web-sidecar-proxy")
     assert (service.kind, service.port, service.address) == ("connect-proxy", 21000, "10.0.0.1")
     assert (service.tags, service.meta) == (("a", "b"), {"v": "1"})
+    assert service.tagged_addresses["lan"].port == 81
+    assert service.tagged_addresses["wan_ipv4"].port == 21000
     assert service.proxy == Proxy("web", "web-1", local_service_address="127.0.0.1", local_service_port=80)
     listening, aliasing = sidecar.checks
     assert (listening.name, listening.tcp, listening.interval_s) == ("Connect Sidecar Listening", "10.0.0.1:21000", 10)

@@ -111,6 +111,12 @@ def test_dev_is_a_single_in_memory_server_and_still_takes_settings(tmp_path: Pat
     assert config.raft.election_timeout_s < 0.5
 
 
+def test_the_http_api_can_be_on_a_unix_socket_alone(tmp_path: Path) -> None:
+    config = loaded({"addresses": {"http": "unix:///run/mesh.sock"}, "ports": {"http": 8301}}, tmp_path)
+    assert config.client_bind("http") == ("unix:///run/mesh.sock", 8301)
+    assert "not supported yet" in refusal({"client_addr": "unix:///run/mesh.sock"}, tmp_path)
+
+
 def test_bootstrap_means_one_expected_server(tmp_path: Path) -> None:
     assert loaded({"server": True, "bootstrap": True}, tmp_path).bootstrap_expect == 1
     assert "excludes bootstrap_expect" in refusal({"server": True, "bootstrap": True, "bootstrap_expect": 3}, tmp_path)
