@@ -112,6 +112,9 @@ class SerfLayer:
         self._members: dict[str, _SerfMember] = {}
         self._intents: dict[str, tuple[JoinIntent | LeaveIntent, float]] = {}
         self._prunes: dict[str, float] = {}
+        # Status time of each member lately forgotten, and when. Without it an older copy of the same intent, still on
+        # its way, would look like news about a stranger, and replace the newer one among our rumours.
+        self._forgotten: dict[str, tuple[int, float]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._members
@@ -131,7 +134,8 @@ class SerfLayer:
         """SWIM sees the node alive, for the first time or again."""
         member = self._members.get(record.name)
         if member is None:
-            member = _SerfMember(record, {}, "alive")
+            forgotten_time, _ = self._forgotten.pop(record.name, (0, 0.0))
+            member = _SerfMember(record, {}, "alive", status_time=forgotten_time)
             intent, _ = self._intents.pop(record.name, (None, 0.0))
             if intent is not None:
                 member.status_time = intent.time
@@ -212,11 +216,13 @@ class SerfLayer:
             pruned = pruned_at is not None and now >= pruned_at and member.status in ("leaving", "left")
             if name != self._local_name and (pruned or (limit_s is not None and now - member.departed_at > limit_s)):
                 gone.append(name)
-                self._erase(member)
+                self._erase(member, now)
             elif pruned_at is not None and now >= pruned_at:
                 del self._prunes[name]
         for name in [key for key, (_, at) in self._intents.items() if now - at > self._config.recent_intent_s]:
             del self._intents[name]
+        for name in [key for key, (_, at) in self._forgotten.items() if now - at > self._config.recent_intent_s]:
+            del self._forgotten[name]
         return gone
 
     def reconnect_candidate(self) -> tuple[str, int] | None:
@@ -264,6 +270,9 @@ class SerfLayer:
                 self.apply_join(JoinIntent(time, name), now)
 
     def _remember(self, intent: JoinIntent | LeaveIntent, now: float) -> bool:
+        forgotten_time, _ = self._forgotten.get(intent.node, (-1, 0.0))
+        if intent.time <= forgotten_time:
+            return False
         known, _ = self._intents.get(intent.node, (None, 0.0))
         if known is not None and intent.time <= known.time:
             return False
@@ -274,14 +283,15 @@ class SerfLayer:
 
     def _prune(self, member: _SerfMember, now: float) -> None:
         if member.status == "left":
-            self._erase(member)
+            self._erase(member, now)
         else:
             # It is still leaving, or will refute: look again once its leave has had the time to go round.
             delay_s = self._config.broadcast_timeout_s + self._config.leave_propagate_s
             self._prunes[member.record.name] = now + delay_s
 
-    def _erase(self, member: _SerfMember) -> None:
+    def _erase(self, member: _SerfMember, now: float) -> None:
         name = member.record.name
         del self._members[name]
+        self._forgotten[name] = (member.status_time, now)
         self._prunes.pop(name, None)
         self._emit(MemberReaped(member.value()))

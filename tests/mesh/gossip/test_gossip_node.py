@@ -443,6 +443,16 @@ def test_two_leaves_for_one_member_do_not_chase_each_other():
     assert len(talk.node._user) == 0
 
 
+def test_late_copy_of_an_older_intent_does_not_displace_the_prune_that_followed_it():
+    talk = Conversation("b", "c")
+    talk.hear(Dead(1, "b", "c"))
+    talk.serf(LeaveIntent(5, "b"))
+    talk.node.force_leave("b", prune=True, now=talk.now)
+    talk.serf(LeaveIntent(5, "b"))
+    said = [decode_serf(m.payload) for m in talk.gossiped(talk.wait(2)) if isinstance(m, User)]
+    assert set(said) == {LeaveIntent(6, "b", prune=True)}
+
+
 def test_member_refutes_a_leave_it_did_not_mean():
     talk = Conversation("b")
     talk.serf(LeaveIntent(50, "me"))
