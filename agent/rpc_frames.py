@@ -9,6 +9,7 @@ first payload names the sender, every further one is one message of `mesh.raft`,
 that neither a large read nor a snapshot of another peer stands before a heartbeat.
 """
 
+import math
 import struct
 from enum import Enum
 
@@ -229,14 +230,19 @@ class FrameStream:
 
     async def _receive(self, deadline: float, bytes_max: int) -> bytes | bytearray:
         self._frames_this_turn = 0
+        if deadline == math.inf:  # an idle Raft connection, many times a second: a scope would double its cost
+            return await self._receive_some(bytes_max)
         with trio.move_on_at(deadline):
-            try:
-                data = await self._stream.receive_some(bytes_max)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise Unreachable(f"the connection broke: {error.__cause__ or error}") from error
-            self.last_received_at = trio.current_time()
-            return data
+            return await self._receive_some(bytes_max)
         raise Unreachable("the peer went silent: no bytes before the deadline")
+
+    async def _receive_some(self, bytes_max: int) -> bytes | bytearray:
+        try:
+            data = await self._stream.receive_some(bytes_max)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise Unreachable(f"the connection broke: {error.__cause__ or error}") from error
+        self.last_received_at = trio.current_time()
+        return data
 
     def write_nowait(self, data: bytes) -> bool:
         """Hands bytes to the writer; False (and nothing done) when too much waits already."""
