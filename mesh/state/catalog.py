@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from mesh.errors import ProtocolError, Refused
 from mesh.model.catalog import Node, Service
-from mesh.model.check import SERF_HEALTH_ID, Check
+from mesh.model.check import SERF_HEALTH_ID, Check, ServiceHealth
 from mesh.model.command import Deregister, Register
 from mesh.model.equality import same
 from mesh.names import fold
@@ -68,8 +68,44 @@ class Catalog:
         self._services_on: dict[str, dict[str, None]] = {}  # node -> service IDs; dicts serve as ordered sets
         self._checks_of: dict[RowKey, dict[str, None]] = {}  # (node, service ID or "") -> check IDs
         self._instances: dict[WatchKey, dict[RowKey, None]] = {}
+        # The last answers, with the index they are of: thousands of sidecars wait for the same service and ask for it
+        # again at the same moment. Any change of an answer moves its index.
+        self._health: dict[tuple[WatchKey, bool], tuple[int, tuple[ServiceHealth, ...]]] = {}
+        self._tags: tuple[int, dict[str, tuple[str, ...]]] = (0, {})
 
     # Reads
+
+    def tags_by_service(self) -> dict[str, tuple[str, ...]]:
+        """Service names, ascending, with the tags of all instances. The caller must not change it."""
+        index, tags = self._tags
+        if index != self.indexes.services:
+            found: dict[str, set[str]] = {}
+            for service in self.services.values():
+                found.setdefault(service.service, set()).update(service.tags)
+            tags = {name: tuple(sorted(found[name])) for name in sorted(found)}
+            self._tags = (self.indexes.services, tags)
+        return tags
+
+    def health(self, group: WatchKey, *, passing_only: bool) -> tuple[ServiceHealth, ...]:
+        """Every instance of a group (or those with no check that is not passing), by node, then service ID."""
+        index = self.indexes.of_group.get(group)
+        if index is None:
+            return ()
+        known_index, known = self._health.get((group, passing_only), (0, ()))
+        if known_index == index:
+            return known
+        rows = tuple(
+            ServiceHealth(self.nodes[key[0]], self.services[key], self.checks_bearing_on(key))
+            for key in self.instances(group)
+        )
+        if passing_only:
+            rows = tuple(row for row in rows if all(check.status == "passing" for check in row.checks))
+        self._health[group, passing_only] = (index, rows)
+        return rows
+
+    def checks_bearing_on(self, key: RowKey) -> tuple[Check, ...]:
+        """The checks of the instance's node, then its own, each by check ID."""
+        return (*self.checks_of(key[0], ""), *self.checks_of(*key))
 
     def service_keys_on(self, node: str) -> list[str]:
         """The folded IDs of the services on a node (folded name), ascending."""
@@ -280,6 +316,8 @@ class Catalog:
         del instances[key]
         if not instances:
             del self._instances[group], self.indexes.of_group[group]
+            for passing_only in (False, True):
+                self._health.pop((group, passing_only), None)
             self.indexes.extinction = index
 
     def _touch_groups(self, service: Service, index: int, changed: set[WatchKey]) -> None:

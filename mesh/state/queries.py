@@ -5,7 +5,7 @@ from typing import Generic, TypeVar, cast
 
 import msgspec
 
-from mesh.model.catalog import Node, NodeServices, Service, ServiceNode
+from mesh.model.catalog import Node, NodeServices, ServiceNode
 from mesh.model.check import Check, ServiceHealth
 from mesh.model.config_entry import SERVICE_INTENTIONS
 from mesh.model.intention import WILDCARD
@@ -32,7 +32,6 @@ from mesh.model.query import (
     tag_filter,
 )
 from mesh.names import fold
-from mesh.state.catalog import RowKey
 from mesh.state.store import Store
 from mesh.state.watch import (
     CHECKS,
@@ -87,44 +86,37 @@ def _nodes(store: Store, query: ListNodes) -> Reading[tuple[Node, ...]]:
 
 def _services(store: Store, query: ListServices) -> Reading[dict[str, tuple[str, ...]]]:
     catalog = store.catalog
+    if not query.node_meta:
+        return _reading(catalog.tags_by_service(), catalog.indexes.services, SERVICES)
     tags: dict[str, set[str]] = {}
     for (node, _), service in catalog.services.items():
-        if not query.node_meta or _has_meta(catalog.nodes[node], query.node_meta):
+        if _has_meta(catalog.nodes[node], query.node_meta):
             tags.setdefault(service.service, set()).update(service.tags)
     value = {name: tuple(sorted(tags[name])) for name in sorted(tags)}
-    if query.node_meta:
-        return _reading(value, max(catalog.indexes.nodes, catalog.indexes.services), NODES, SERVICES)
-    return _reading(value, catalog.indexes.services, SERVICES)
+    return _reading(value, max(catalog.indexes.nodes, catalog.indexes.services), NODES, SERVICES)
 
 
 def _group(query: ListServiceNodes | ListServiceHealth) -> WatchKey:
     return connect_key(query.service) if query.connect else service_key(query.service)
 
 
-def _wanted_instances(store: Store, query: ListServiceNodes | ListServiceHealth) -> list[tuple[RowKey, Node, Service]]:
-    catalog = store.catalog
-    return [
-        (key, catalog.nodes[key[0]], catalog.services[key])
-        for key in catalog.instances(_group(query))
-        if tag_filter(catalog.services[key].tags, query.tags) and _has_meta(catalog.nodes[key[0]], query.node_meta)
-    ]
-
-
 def _service_nodes(store: Store, query: ListServiceNodes) -> Reading[tuple[ServiceNode, ...]]:
-    rows = tuple(ServiceNode(node, service) for _, node, service in _wanted_instances(store, query))
-    group = _group(query)
-    return _reading(rows, store.catalog.indexes.group(group), group)
+    catalog, group = store.catalog, _group(query)
+    rows = (ServiceNode(catalog.nodes[key[0]], catalog.services[key]) for key in catalog.instances(group))
+    value = tuple(
+        row for row in rows if tag_filter(row.service.tags, query.tags) and _has_meta(row.node, query.node_meta)
+    )
+    return _reading(value, catalog.indexes.group(group), group)
 
 
 def _service_health(store: Store, query: ListServiceHealth) -> Reading[tuple[ServiceHealth, ...]]:
-    catalog = store.catalog
-    rows: list[ServiceHealth] = []
-    for (node_name, service_id), node, service in _wanted_instances(store, query):
-        checks = (*catalog.checks_of(node_name, ""), *catalog.checks_of(node_name, service_id))
-        if not query.passing_only or all(check.status == "passing" for check in checks):
-            rows.append(ServiceHealth(node, service, checks))
     group = _group(query)
-    return _reading(tuple(rows), catalog.indexes.group(group), group)
+    rows = store.catalog.health(group, passing_only=query.passing_only)
+    if query.tags or query.node_meta:
+        rows = tuple(
+            row for row in rows if tag_filter(row.service.tags, query.tags) and _has_meta(row.node, query.node_meta)
+        )
+    return _reading(rows, store.catalog.indexes.group(group), group)
 
 
 def _node_services(store: Store, query: GetNodeServices) -> Reading[NodeServices | None]:

@@ -225,6 +225,9 @@ def assert_changes_are_told(history: list[Command], queries: tuple[Asks[object],
             if new.value != old.value:
                 assert new.index == index, queries[number]
                 assert number in woken, queries[number]
+            if new.index != old.index and old.value and not isinstance(queries[number], MatchIntentions):
+                # The index of what is there moves only with news of it; that of what is missing is a whole table's.
+                assert number in woken, queries[number]
         if hash_after == hash_before:
             assert not changes
             assert not woken
