@@ -14,7 +14,7 @@ import msgspec
 import trio
 
 from agent.http.errors import error_response
-from agent.http.params import Params
+from agent.http.params import WAIT_S_DEFAULT, WAIT_S_MAX, Params
 from agent.http.policy import host_allowed, origin_allowed
 from agent.http.request import JSON_TYPE, ApiRequest, ApiResponse, Handler, Route, text_response
 from agent.http.router import Router
@@ -40,7 +40,7 @@ NOT_FOUND_TEXT = "Invalid URL path: not a recognized HTTP API endpoint"
 class HttpLimits:
     """Every bound on one connection and on all of them. Times are seconds."""
 
-    connections_per_client: int = 200  # limits.http_max_conns_per_client
+    connections_per_client: int = 200  # limits.http_max_conns_per_client; 0: only the total counts
     connections_max: int = 0  # 0: half of the process's file descriptors
     handshake_s: float = 5.0  # limits.https_handshake_timeout
     header_s: float = 10.0  # from the first byte of a request (of the first one: from accept) to the end of its head
@@ -55,6 +55,8 @@ class HttpSettings:
     """What every answer has in common, and whose requests are taken."""
 
     limits: HttpLimits = HttpLimits()
+    wait_s_default: float = WAIT_S_DEFAULT  # default_query_time
+    wait_s_max: float = WAIT_S_MAX  # max_query_time
     pretty: bool = False  # always indent JSON, as -dev does
     default_policy: str = "allow"  # X-Consul-Default-Acl-Policy
     translate_addresses: bool = False
@@ -261,6 +263,7 @@ class HttpConnection:
 
     def _judge(self, head: RequestHead) -> _Task | ApiResponse:
         """Who answers the request, or the refusal."""
+        settings = self._settings
         try:
             path, query = head.path.decode("utf-8"), (head.query or b"").decode("utf-8")
             authority = head.authority.decode("utf-8")
@@ -270,10 +273,10 @@ class HttpConnection:
         for name, value in head.headers:
             headers.setdefault(name.decode("latin-1"), value.decode("latin-1"))
         method = head.method.decode("ascii")
-        if self._over_loopback and not host_allowed(authority, self._settings.allowed_hosts):
+        if self._over_loopback and not host_allowed(authority, settings.allowed_hosts):
             text = f"Host {authority} is not a name of this agent; use its IP address or localhost"
             return text_response(text, status=403)
-        if not self._settings.cross_origin and not origin_allowed(method, headers.get("origin"), authority):
+        if not settings.cross_origin and not origin_allowed(method, headers.get("origin"), authority):
             return text_response("A page of another origin may not write through this agent", status=403)
         if "//" in path and not path.startswith("/v1/kv/"):
             return _moved(path, query)
@@ -281,7 +284,7 @@ class HttpConnection:
             match = self._router.match(path)
             if match is None:
                 return text_response(NOT_FOUND_TEXT, status=404)
-            params = Params(query)
+            params = Params(query, wait_s_default=settings.wait_s_default, wait_s_max=settings.wait_s_max)
             params.refuse_enterprise()
         except InvalidRequest as error:
             return error_response(error)

@@ -29,8 +29,12 @@ def _duration_s(text: str, invalid: str) -> float:
 class Params:
     """The parameters of one request, percent-decoded. As in Go, the first of several equal names counts."""
 
-    def __init__(self, query: str = "") -> None:
+    def __init__(
+        self, query: str = "", *, wait_s_default: float = WAIT_S_DEFAULT, wait_s_max: float = WAIT_S_MAX
+    ) -> None:
         """Raises InvalidRequest for a query that is not UTF-8 or has more than PARAMS_MAX parameters."""
+        self._wait_s_default = wait_s_default
+        self._wait_s_max = wait_s_max
         self._values: dict[str, list[str]] = {}
         try:
             pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=PARAMS_MAX)
@@ -89,12 +93,10 @@ class Params:
                 raise InvalidRequest(f'Invalid query parameter: "{name}" - {noun} are a Consul Enterprise feature')
 
     def wait_s(self) -> float:
-        """How long a blocking read may wait: `wait`, default 300 s, at most 600 s. Raises InvalidRequest."""
+        """How long a blocking read may wait: `wait`, by default 300 s, at most 600 s. Raises InvalidRequest."""
         text = self.get("wait")
-        if text == "":
-            return WAIT_S_DEFAULT
-        wait_s = _duration_s(text, "Invalid wait time")
-        return min(wait_s, WAIT_S_MAX) if wait_s > 0 else WAIT_S_DEFAULT
+        wait_s = _duration_s(text, "Invalid wait time") if text else 0.0
+        return min(wait_s, self._wait_s_max) if wait_s > 0 else self._wait_s_default
 
     def index(self) -> int:
         """The index to block on, 0 for none. Raises InvalidRequest."""

@@ -164,7 +164,7 @@ class HttpServer:
                 client, over_loopback = _ends(tcp)
                 tls = listen.tls
             self._per_client[client] += 1
-            if client and self._per_client[client] > self._limits.connections_per_client:
+            if client and 0 < self._limits.connections_per_client < self._per_client[client]:
                 await self._refuse(tcp, client, encrypted=tls is not None)
                 return
             stream: Stream = tcp if tls is None else await self._handshake(tcp, tls)

@@ -212,6 +212,21 @@ async def test_blocking_query_times_out_with_the_current_answer(autojump_clock, 
         assert trio.current_time() == pytest.approx(seconds)
 
 
+async def test_wait_times_are_configurable(autojump_clock):
+    async with serving(HttpSettings(wait_s_default=7.0, wait_s_max=20.0)) as client:
+        for query, seconds in (("", 7), ("&wait=1h", 20)):
+            start = trio.current_time()
+            assert (await client.ask(f"GET /v1/catalog/nodes?index=1{query} HTTP/1.1")).status == 200
+            assert trio.current_time() - start == pytest.approx(seconds)
+
+
+async def test_slow_write_survives_index_parameters(autojump_clock):
+    async with serving() as client:
+        await client.send("PUT /v1/test/sleep?s=3&index=5 HTTP/1.1")
+        await client.stream.send_eof()
+        assert (await read_answer(client.stream)).status == 200
+
+
 async def test_missing_key_blocks_with_404(autojump_clock):
     async with serving() as client:
         answer = await client.ask("GET /v1/kv/a?index=1&wait=5s HTTP/1.1")

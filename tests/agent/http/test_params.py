@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.http.params import PARAMS_MAX, Params
-from agent.http.request import ApiRequest, ApiResponse, Route
+from agent.http.request import ApiRequest, ApiResponse, Route, query_headers
 from agent.http.router import Router
 from mesh.errors import InvalidRequest
-from mesh.model.query import ReadOptions
+from mesh.model.query import ReadMeta, ReadOptions
 
 # What a query string may carry: anything but halves of surrogate pairs, which UTF-8 has no bytes for.
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
@@ -96,6 +96,17 @@ def test_any_value_is_read_or_refused(name, value):
     for read in (params.read_options, lambda: params.unsigned(name), lambda: params.flag(name)):
         with suppress(InvalidRequest):
             read()
+
+
+def test_index_of_zero_is_told_as_one():
+    headers = dict(query_headers(ReadMeta(0, known_leader=False, last_contact_s=1.5), ReadOptions(consistency="stale")))
+    assert headers == {
+        "X-Consul-Index": "1",
+        "X-Consul-Knownleader": "false",
+        "X-Consul-Lastcontact": "1500",
+        "X-Consul-Effective-Consistency": "stale",
+        "X-Consul-Query-Backend": "blocking-query",
+    }
 
 
 async def handler(request: ApiRequest) -> ApiResponse:

@@ -100,6 +100,13 @@ async def test_client_over_its_limit_gets_429_and_others_are_served():
         await held[1].aclose()
 
 
+async def test_limit_of_zero_per_client_means_none():
+    async with serving(limits=HttpLimits(connections_per_client=0)) as server:
+        stream = await trio.open_tcp_stream(*server.addresses[0])
+        assert (await ask(stream)).startswith(b"HTTP/1.1 200 ")
+        await stream.aclose()
+
+
 async def test_flood_is_closed_beyond_the_total_and_service_resumes():
     async with serving(limits=HttpLimits(connections_max=10)) as server:
         flood = [await trio.open_tcp_stream(*server.addresses[0]) for _ in range(30)]
