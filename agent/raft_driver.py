@@ -16,7 +16,7 @@ from typing import Final, Protocol, TypeVar
 import trio
 
 from agent.raft_store import RaftStore
-from mesh.errors import LimitExceeded, MeshError, NotFound, NotLeader, OutcomeUnknown, Unreachable
+from mesh.errors import LimitExceeded, MeshError, NotFound, NotLeader, OutcomeUnknown, StorageFailed, Unreachable
 from mesh.raft.config import RaftConfig
 from mesh.raft.messages import (
     Configuration,
@@ -130,6 +130,16 @@ class _Waiter:
         return self.result
 
 
+def _first_cause(group: ExceptionGroup[Exception]) -> Exception:
+    """What ended the driver, bare: a StorageFailed if there is one, else the first exception."""
+    failed, others = group.split(StorageFailed)
+    cause: Exception | None = failed if failed is not None else others
+    while isinstance(cause, ExceptionGroup):
+        cause = cause.exceptions[0]
+    assert cause is not None
+    return cause
+
+
 @dataclass(slots=True)
 class _Reads:
     """Reads under way: by id until confirmed, then by index until applied."""
@@ -196,6 +206,8 @@ class RaftDriver:
                 nursery.start_soon(self._run_storage)
                 task_status.started()
                 await self._pump(self._node, nursery)
+        except ExceptionGroup as group:
+            raise _first_cause(group) from None
         finally:
             self._node = None
             self._fail_all()
