@@ -21,9 +21,12 @@ SERVERS_MAX: Final = 64
 _COUNTER_MAX: Final = 2**53 - 1
 """Terms and indexes: at a million a second, 285 years; exact in every language's numbers and in sqlite."""
 
+ID_CHARACTERS_MAX: Final = 255
+ADDRESS_CHARACTERS_MAX: Final = 512
+
 Counter = Annotated[int, msgspec.Meta(ge=0, le=_COUNTER_MAX)]
-ServerId = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
-Address = Annotated[str, msgspec.Meta(max_length=512)]
+ServerId = Annotated[str, msgspec.Meta(min_length=1, max_length=ID_CHARACTERS_MAX)]
+Address = Annotated[str, msgspec.Meta(max_length=ADDRESS_CHARACTERS_MAX)]
 
 
 class EntryKind(IntEnum):
@@ -248,7 +251,15 @@ def decode_configuration(data: bytes) -> Configuration:
 
 
 def check_configuration(configuration: Configuration) -> None:
-    """Raises ProtocolError unless there is a voter, both lists are sorted, and every id appears once."""
+    """Raises ProtocolError unless there is a voter, both lists are sorted and within limits, and every id appears once.
+
+    Checked before an entry is made as well: one that our peers' decoders refuse would stop the log for ever.
+    """
+    if max(len(configuration.voters), len(configuration.learners)) > SERVERS_MAX:
+        raise ProtocolError(f"raft configuration: more than {SERVERS_MAX} servers")
+    for server in configuration.voters + configuration.learners:
+        if not 0 < len(server.node_id) <= ID_CHARACTERS_MAX or len(server.address) > ADDRESS_CHARACTERS_MAX:
+            raise ProtocolError(f"raft configuration: id or address too long or empty: {server.node_id[:40]!r}")
     ids = [server.node_id for server in configuration.voters + configuration.learners]
     if not configuration.voters or len(set(ids)) != len(ids):
         raise ProtocolError("raft configuration: no voter, or a server named twice")

@@ -733,6 +733,18 @@ def test_removed_servers_snapshot_configuration_is_the_one_at_its_index() -> Non
     assert node.snapshot_meta().configuration == before
 
 
+@pytest.mark.parametrize("node_id", ["", "x" * 256])
+def test_membership_change_that_peers_could_not_decode_is_refused(node_id: str) -> None:
+    world = World(64, "abc")
+    leader = world.wait_leader()
+    world.run(0.5)
+    node = world.node(leader)
+    last = node.log.last_index
+    with pytest.raises(Refused, match="too long or empty"):
+        node.propose_configuration(node.log.configuration.with_learner(Server(node_id, "d:1")), world.now)
+    assert node.log.last_index == last
+
+
 # -- 17: flow control and limits
 
 
