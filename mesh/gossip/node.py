@@ -281,7 +281,9 @@ class GossipNode:
         return self._serf.members()
 
     def local_member(self) -> Member:
-        return self._serf.member(self._membership.local.name)
+        member = self._serf.member(self._membership.local.name)
+        assert member is not None, "the local member is never forgotten"
+        return member
 
     def statistics(self) -> dict[str, str]:
         """Serf's own figures under Serf's keys."""
@@ -326,7 +328,10 @@ class GossipNode:
         self.note("refuted", f"{accuser or 'a peer'} holds this node for suspect, dead or another run: refuted")
 
     def name_conflicted(self, record: NodeRecord, host: str, port: int) -> None:
-        self._emit(NameConflicted(self._serf.member(record.name), host, port))
+        member = self._serf.member(record.name)
+        # Of a pruned member only SWIM's record is left for a while; nobody is surprised that it is gone.
+        if member is not None:
+            self._emit(NameConflicted(member, host, port))
 
     def send(self, endpoint: tuple[str, int], message: Message) -> None:
         self._send_with_rumours(endpoint, encode(message))

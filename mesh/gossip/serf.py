@@ -123,9 +123,10 @@ class SerfLayer:
         """All members by name."""
         return tuple(self._members[name].value() for name in sorted(self._members))
 
-    def member(self, name: str) -> Member:
-        """That member. Requires that it is known."""
-        return self._members[name].value()
+    def member(self, name: str) -> Member | None:
+        """That member, if it is known and not forgotten."""
+        found = self._members.get(name)
+        return found.value() if found is not None else None
 
     def count(self, status: Status) -> int:
         return sum(member.status == status for member in self._members.values())

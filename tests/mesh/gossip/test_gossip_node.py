@@ -367,6 +367,16 @@ def test_name_conflict_is_refused_and_reported_once_a_second():
     assert talk.record("b").host == "10.0.0.98"
 
 
+def test_claim_of_a_pruned_name_is_refused_quietly():
+    talk = Conversation("b", "c")
+    talk.hear(Dead(1, "b", "c"))
+    talk.node.force_leave("b", prune=True, now=talk.now)
+    talk.outputs()
+    talk.hear(alive("b", 2, host="10.7.7.7"))
+    assert not any(isinstance(output, NameConflicted) for output in talk.outputs())
+    assert talk.status("b") is None
+
+
 def test_our_own_name_elsewhere_is_reported_not_adopted():
     talk = Conversation("b")
     talk.hear(alive("me", 99, host="10.7.7.7"))
