@@ -434,6 +434,10 @@ def test_catalog_agrees_with_a_naive_table(history: list[Register | Deregister])
         assert run(store, ListNodes()).value == tuple(sorted(naive.nodes, key=lambda node: node.node.lower()))
         checks = sorted(naive.checks, key=lambda row: (row[0], row[1].check_id.lower()))
         assert run(store, ListChecksInState("any")).value == tuple(check for _, check in checks)
+        tags: dict[str, set[str]] = {}
+        for _, service in naive.services:
+            tags.setdefault(service.service, set()).update(service.tags)
+        assert run(store, ListServices()).value == {name: tuple(sorted(of)) for name, of in tags.items()}
         for name in ("web", "api", "web-sidecar"):
             rows = sorted(
                 (row for row in naive.services if row[1].service.lower() == name),
@@ -448,6 +452,8 @@ def test_catalog_agrees_with_a_naive_table(history: list[Register | Deregister])
                     if on == one.node.node.lower() and check.service_id in ("", one.service.service_id)
                 ]
                 assert sorted(one.checks, key=lambda check: check.check_id.lower()) == bearing
+            healthy = [one for one in health if not any(check.status != "passing" for check in one.checks)]
+            assert list(run(store, ListServiceHealth(name, passing_only=True)).value) == healthy
         for name in ("web", "api"):
             meshed = [
                 row
