@@ -172,6 +172,8 @@ class HttpServer:
                 stream, self._router, self._settings, self._runtime, client_address=client, over_loopback=over_loopback
             )
             self._connections.add(connection)
+            if self._accepting.cancel_called:
+                connection.drain()  # it was shaking hands when everyone else was told
             try:
                 await connection.run()
             finally:
@@ -228,7 +230,8 @@ async def _listen_tcp(listen: TcpListen) -> trio.SocketListener:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            # As in Go, the unspecified address takes IPv4 too; any other is what it says.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(listen.host != "::"))
         await sock.bind((listen.host, listen.port))
         sock.listen(BACKLOG)
     except (OSError, OverflowError) as error:

@@ -65,6 +65,14 @@ async def test_every_address_is_served_and_knows_its_client():
                 assert (await ask(stream)).endswith(b"\r\n\r\n" + host.encode())
 
 
+async def test_unspecified_ipv6_address_serves_ipv4_too():
+    async with serving(TcpListen("ports.http", "::", 0)) as server:
+        port = server.addresses[0][1]
+        for host in ("127.0.0.1", "::1"):
+            async with await trio.open_tcp_stream(host, port) as stream:
+                assert (await ask(stream)).endswith(b"\r\n\r\n" + host.encode())
+
+
 async def test_port_in_use_is_one_line_with_key_and_address():
     async with serving() as server:
         port = server.addresses[0][1]
