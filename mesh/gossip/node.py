@@ -12,8 +12,8 @@ from typing import Literal
 
 from mesh.errors import LimitExceeded
 from mesh.gossip.awareness import Awareness
-from mesh.gossip.broadcast import BroadcastQueue, retransmit_limit
 from mesh.gossip.config import GossipConfig
+from mesh.gossip.dissemination import Dissemination
 from mesh.gossip.events import GossipEvent, NameConflicted
 from mesh.gossip.fields import address_of, host_of
 from mesh.gossip.keyring import Keyring
@@ -42,13 +42,7 @@ from mesh.gossip.outputs import (
     Output,
     SendDatagram,
 )
-from mesh.gossip.packet import (
-    COMPOUND_HEADER_BYTES,
-    COMPOUND_PART_BYTES,
-    COMPOUND_PARTS_MAX,
-    PacketCodec,
-    compound,
-)
+from mesh.gossip.packet import PacketCodec, compound
 from mesh.gossip.probe import Prober
 from mesh.gossip.serf import SerfLayer
 from mesh.gossip.serf_messages import (
@@ -73,8 +67,6 @@ _PUSH_PULL_SCALE_FROM = 32
 # A newcomer exchanges state again after so many probe intervals: while many join at once, rumours about some die out
 # before all have heard them, and the next regular exchange may be minutes away (memberlist needs 95 s for 2,000 nodes).
 _SETTLE_INTERVALS = (2.0, 5.0, 10.0)
-# Part of each packet kept for the layer above when it has something to say, or churn would starve it (memberlist #299).
-_USER_SHARE = 0.2
 
 
 class GossipNode:
@@ -119,15 +111,9 @@ class GossipNode:
             port=self,
         )
         self._serf = SerfLayer(name, config=config, rng=rng, emit=self._emit, refute_leave=self._announce_presence)
-        self._part_bytes_max = (
-            config.packet_bytes_max - self._codec.overhead_bytes - COMPOUND_HEADER_BYTES - COMPOUND_PART_BYTES
+        self._rumours = Dissemination(
+            self._membership, codec=self._codec, config=config, timers=self._timers, emit=self._emit_packet
         )
-        self._system = BroadcastQueue(bytes_max=self._part_bytes_max)
-        self._user = BroadcastQueue(bytes_max=self._part_bytes_max)
-        self._tokens = 0
-        self._waiting: dict[int, Callable[[float], None]] = {}
-        self._gossip_scheduled = False
-        self._gossiped_at = -math.inf
         self._stalled_at = -math.inf
         self._life: Literal["running", "leaving", "left"] = "running"
         self._serf.node_joined(local, 0.0)
@@ -257,7 +243,7 @@ class GossipNode:
         intent = LeaveIntent(self._serf.clock.time, self._membership.local.name)
         self._serf.clock.increment()
         self._serf.apply_leave(intent, now)
-        self._broadcast_and_then(self._queue_intent(intent), now, self._declare_left)
+        self._when_told(self._declare_left, lambda token: self._queue_intent(intent, token=token))
 
     def force_leave(self, name: str, *, prune: bool, now: float) -> int | None:
         """Declares that `name`, failed, has left; the token of the broadcast, 0 when nobody is there to be told.
@@ -272,8 +258,8 @@ class GossipNode:
         self._serf.apply_leave(intent, now)
         if not self._has_company():
             return 0
-        token = self._queue_intent(intent)
-        self._waiting[token] = lambda _: self._outputs.append(BroadcastFinished(token))
+        token = self._rumours.new_token(lambda _: self._outputs.append(BroadcastFinished(token)))
+        self._queue_intent(intent, token=token)
         return token
 
     def members(self) -> tuple[Member, ...]:
@@ -293,7 +279,7 @@ class GossipNode:
             "event_time": str(self._serf.events.clock.time),
             "failed": str(self._serf.count("failed")),
             "health_score": str(self._awareness.score),
-            "intent_queue": str(len(self._user)),
+            "intent_queue": str(self._rumours.user_queue_length),
             "left": str(self._serf.count("left")),
             "member_time": str(self._serf.clock.time),
             "members": str(len(self._serf.members())),
@@ -305,7 +291,7 @@ class GossipNode:
 
     def node_joined(self, record: NodeRecord, now: float) -> None:
         self._serf.node_joined(record, now)
-        self._schedule_gossip()
+        self._rumours.resume(now)
 
     def node_updated(self, record: NodeRecord, now: float) -> None:
         self._serf.node_updated(record)
@@ -315,13 +301,13 @@ class GossipNode:
 
     def broadcast(self, name: str, message: Message, *, token: int | None = None) -> None:
         try:
-            self._enqueue(self._system, name, encode(message), token)
+            self._rumours.queue_system(name, encode(message), self._now, token=token)
         except LimitExceeded as error:
             # Possible with a small packet size, a long label and full tags together; push-pulls still carry it.
             self.note("oversized", f"news about {name} is not gossiped: {error}")
 
     def tell(self, endpoint: tuple[str, int], message: Message) -> None:
-        self._send_packet(endpoint, encode(message))
+        self._rumours.send(endpoint, encode(message))
 
     def refuted(self, accuser: str) -> None:
         self._awareness.apply(1)
@@ -334,10 +320,10 @@ class GossipNode:
             self._emit(NameConflicted(member, host, port))
 
     def send(self, endpoint: tuple[str, int], message: Message) -> None:
-        self._send_with_rumours(endpoint, encode(message))
+        self._rumours.send_with_rumours(endpoint, encode(message), self._now)
 
     def send_together(self, endpoint: tuple[str, int], messages: tuple[Message, ...]) -> None:
-        self._send_packet(endpoint, compound([encode(message) for message in messages]))
+        self._rumours.send(endpoint, compound([encode(message) for message in messages]))
 
     def ping_over_stream(self, record: NodeRecord, ping: Ping, deadline: float) -> None:
         data = encode_stream(ping, keyring=self._keyring, label=self._config.label)
@@ -390,8 +376,8 @@ class GossipNode:
             case Relay():
                 endpoint = (host_of(message.address), message.port)
                 # Only to members, or anybody could send through us to anybody.
-                if self._membership.at(endpoint) is not None and len(message.payload) <= self._part_bytes_max:
-                    self._send_packet(endpoint, encode(User(message.payload)))
+                if self._membership.at(endpoint) is not None and len(message.payload) < self._rumours.message_bytes_max:
+                    self._rumours.send(endpoint, encode(User(message.payload)))
             case Ignored():
                 self.counters["ignored"] += 1
 
@@ -413,89 +399,21 @@ class GossipNode:
     def _emit(self, event: GossipEvent) -> None:
         self._outputs.append(event)
 
+    def _emit_packet(self, endpoint: tuple[str, int], data: bytes) -> None:
+        self._outputs.append(SendDatagram(endpoint, data))
+
     # Sending.
 
     def _pass_on(self, key: Hashable, payload: bytes) -> None:
         try:
-            self._enqueue(self._user, key, encode(User(payload)), None)
+            self._rumours.queue_user(key, encode(User(payload)), self._now)
         except LimitExceeded as error:
             self.note("oversized", f"a Serf message is not passed on: {error}")
 
-    def _queue_intent(self, intent: JoinIntent | LeaveIntent) -> int:
-        self._tokens += 1
-        self._enqueue(self._user, ("intent", intent.node), encode(User(encode_intent(intent))), self._tokens)
-        return self._tokens
-
-    def _enqueue(self, queue: BroadcastQueue, key: Hashable, message: bytes, token: int | None) -> None:
-        replaced = queue.enqueue(key, message, token=token)
-        if replaced is not None:
-            self._finish([replaced])
-        self._schedule_gossip()
-
-    def _finish(self, tokens: list[int]) -> None:
-        for token in tokens:
-            action = self._waiting.pop(token, None)
-            if action is not None:
-                action(self._now)
-
-    def _send_packet(self, endpoint: tuple[str, int], message: bytes) -> None:
-        record = self._membership.at(endpoint)
-        checksum = record is not None and record.versions[1] >= 5
-        self._outputs.append(SendDatagram(endpoint, self._codec.seal(message, checksum=checksum)))
-
-    def _send_with_rumours(self, endpoint: tuple[str, int], message: bytes) -> None:
-        # Rumours ride along to members only: a stranger's ping must not draw a larger answer than itself.
-        free = self._part_bytes_max - len(message)
-        rumours = self._take_rumours(free) if self._membership.at(endpoint) is not None else []
-        self._send_packet(endpoint, compound([message, *rumours]) if rumours else message)
-
-    def _take_rumours(self, bytes_free: int) -> list[bytes]:
-        if not self._system and not self._user:
-            return []
-        limit = retransmit_limit(multiplier=self._config.retransmit_multiplier, members=self._membership.live_count)
-        reserved = int(bytes_free * _USER_SHARE) if self._user else 0
-        system, finished = self._system.take(
-            bytes_free=bytes_free - reserved,
-            part_bytes=COMPOUND_PART_BYTES,
-            parts_max=COMPOUND_PARTS_MAX - 1,
-            limit=limit,
-        )
-        left = bytes_free - sum(len(message) + COMPOUND_PART_BYTES for message in system)
-        user, finished_user = self._user.take(
-            bytes_free=left,
-            part_bytes=COMPOUND_PART_BYTES,
-            parts_max=COMPOUND_PARTS_MAX - 1 - len(system),
-            limit=limit,
-        )
-        self._finish(finished + finished_user)
-        return system + user
+    def _queue_intent(self, intent: JoinIntent | LeaveIntent, *, token: int | None = None) -> None:
+        self._rumours.queue_user(("intent", intent.node), encode(User(encode_intent(intent))), self._now, token=token)
 
     # Periodic work.
-
-    def _schedule_gossip(self) -> None:
-        if not self._gossip_scheduled and (self._system or self._user):
-            self._gossip_scheduled = True
-            due = max(self._now, self._gossiped_at + self._config.gossip_interval_s)
-            self._timers.schedule(due, self._gossip_round)
-
-    def _gossip_round(self, now: float) -> None:
-        self._gossip_scheduled = False
-        self._gossiped_at = now
-        targets = self._membership.random_nodes(self._config.gossip_nodes, lambda record: self._hears(record, now))
-        for record in targets:
-            rumours = self._take_rumours(self._part_bytes_max + COMPOUND_PART_BYTES)
-            if not rumours:
-                break
-            self._send_packet(record.endpoint, compound(rumours) if len(rumours) > 1 else rumours[0])
-        # Alone there is nobody to tell; the next newcomer starts it again.
-        if targets:
-            self._schedule_gossip()
-
-    def _hears(self, record: NodeRecord, now: float) -> bool:
-        """Alive and suspect nodes, and for a while the dead, who may want to know that they are."""
-        if record.state == NodeState.DEAD:
-            return now - record.changed_at <= self._config.gossip_to_the_dead_s
-        return record.is_live
 
     def _push_pull_round(self, now: float) -> None:
         self._timers.schedule(now + self._push_pull_interval_s(), self._push_pull_round)
@@ -528,12 +446,9 @@ class GossipNode:
             # Serf's record is the tombstone: while it lasts, the incarnation it died at is remembered.
             if name not in self._serf and not record.is_live and over:
                 self._membership.forget(name)
-        retained_max = max(self._config.queue_depth_min, 2 * len(self._membership.records))
-        for queue in (self._system, self._user):
-            dropped, tokens = queue.prune(retained_max)
-            self._finish(tokens)
-            if dropped:
-                self.note("queue-overflow", f"{dropped} gossip messages dropped: the queue held over {retained_max}")
+        dropped = self._rumours.prune(now)
+        if dropped:
+            self.note("queue-overflow", f"{dropped} gossip messages dropped: the pool changes faster than news travels")
 
     # Joining and leaving.
 
@@ -545,28 +460,23 @@ class GossipNode:
     def _has_company(self) -> bool:
         return self._membership.live_count > (1 if self._membership.local.is_live else 0)
 
-    def _broadcast_and_then(self, token: int, now: float, action: Callable[[float], None]) -> None:
-        """Runs `action` once: when the rumour has been told, or after the broadcast timeout, or at once when alone."""
-        if not self._has_company():
-            action(now)
-            return
-        timer = self._timers.schedule(now + self._config.broadcast_timeout_s, lambda at: self._expire(token, at))
+    def _when_told(self, action: Callable[[float], None], queue: Callable[[int], None]) -> None:
+        """Queues a rumour; runs `action` once: when it has been told, at the broadcast timeout, or at once when alone."""
 
         def told(at: float) -> None:
             timer.cancel()
             action(at)
 
-        self._waiting[token] = told
-
-    def _expire(self, token: int, now: float) -> None:
-        self._finish([token])
+        token = self._rumours.new_token(told)
+        limit_at = self._now + self._config.broadcast_timeout_s
+        timer = self._timers.schedule(limit_at, lambda at: self._rumours.finish(token, at))
+        queue(token)
+        if not self._has_company():
+            self._rumours.finish(token, self._now)
 
     def _declare_left(self, now: float) -> None:
         self._membership.leaving = True
-        self._tokens += 1
-        token = self._tokens
-        self._membership.declare_left(now, token=token)
-        self._broadcast_and_then(token, now, self._propagate)
+        self._when_told(self._propagate, lambda token: self._membership.declare_left(now, token=token))
 
     def _propagate(self, now: float) -> None:
         # Stay up to answer the probes of those who have not heard yet, or they would report us failed.
