@@ -248,3 +248,18 @@ def test_large_values_are_snapshotted_in_pieces():
     for index in range(1, 9):
         fsm.apply(index, COMMAND_CODEC.encode(KvSet(f"k{index}", bytes(200_000))))
     assert max(map(len, fsm.snapshot()())) < 700_000
+
+
+def test_defect_in_applying_is_answered_and_shortage_of_memory_stops_the_server(monkeypatch):
+    fsm = filled()
+    faults: list[BaseException] = [KeyError("secret"), MemoryError()]
+
+    def broken(*_: object) -> bool:
+        raise faults.pop(0)
+
+    monkeypatch.setattr(fsm.store, "apply", broken)
+    assert fsm.apply(50, COMMAND_CODEC.encode(KvSet("a"))) == Rejected(
+        50, "entry 50 cannot be applied: KeyError (a defect; report it)"
+    )
+    with pytest.raises(MemoryError):
+        fsm.apply(51, COMMAND_CODEC.encode(KvSet("a")))
