@@ -27,7 +27,7 @@ from agent.join import join_at_start, retry_join, without_own
 from agent.membership import join_address
 from agent.process import locked_data_dir, notify_systemd, stop_signals
 from agent.runtime import Runtime
-from agent.telemetry import Metrics, set_up_logging
+from agent.telemetry import Metrics, logging_to_stdout
 from agent.version import CONSUL_API_VERSION, VERSION
 from mesh.errors import ConfigError, MeshError
 
@@ -45,16 +45,16 @@ async def run_agent(config: AgentConfig, runtime: Runtime) -> int:
     0 after an orderly stop. 1 when it could not start (one line on standard error names the key, address or path) or
     when a part that must be right was not: its reason is logged and on standard error.
     """
-    set_up_logging(config.log_level, as_json=config.log_json)
-    try:
-        prepare_data_dir(config)
-        with locked_data_dir(config.data_dir):
-            return await Agent(config, runtime, node_id=node_id(config, runtime.new_uuid)).run()
-    except* ConfigError as group:
-        _say_why(_first(group))
-    except* Exception as group:
-        _LOG.critical("the agent stops: %s", _first(group), exc_info=group)
-        _say_why(_first(group))
+    with logging_to_stdout(config.log_level, as_json=config.log_json):
+        try:
+            prepare_data_dir(config)
+            with locked_data_dir(config.data_dir):
+                return await Agent(config, runtime, node_id=node_id(config, runtime.new_uuid)).run()
+        except* ConfigError as group:
+            _say_why(_first(group))
+        except* Exception as group:
+            _LOG.critical("the agent stops: %s", _first(group), exc_info=group)
+            _say_why(_first(group))
     return 1
 
 

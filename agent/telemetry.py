@@ -8,9 +8,11 @@ import json
 import logging
 import math
 import re
+import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 INTERVAL_S = 10.0  # go-metrics' in-memory sink, which Consul's JSON form shows
 SAMPLES_KEPT = 1024  # per name, for quantiles
@@ -219,13 +221,17 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields)
 
 
-def set_up_logging(level: str, *, as_json: bool) -> None:
-    """Has the agent's log go to standard output, where Consul's goes: text or JSON, from `level` up."""
-    import sys
-
+@contextmanager
+def logging_to_stdout(level: str, *, as_json: bool) -> Iterator[None]:
+    """Has the agent's log go to standard output, where Consul's goes, while open: text or JSON, from `level` up."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
     logger = logging.getLogger("mesh")
-    logger.handlers[:] = [handler]
+    former_level = logger.level
+    logger.addHandler(handler)
     logger.setLevel(_LEVELS[level])
-    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(former_level)

@@ -1,0 +1,118 @@
+"""Three servers and two clients as real processes: forwarding, the leader's death, and power loss of all servers."""
+
+import json
+import threading
+import time
+
+import pytest
+from processes import AgentProcess, wait_until
+
+pytestmark = pytest.mark.e2e
+
+POWER_LOSSES = 3  # benchmarks/power_loss.py does twenty
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Servers s1 to s3 and clients c1, c2, every one ready; each test leaves them so, the last one stops them."""
+    tmp_path = tmp_path_factory.mktemp("cluster")
+    servers = [AgentProcess(f"s{number}", tmp_path, "-server", "-bootstrap-expect=3") for number in (1, 2, 3)]
+    clients = [AgentProcess(f"c{number}", tmp_path) for number in (1, 2)]
+    joins = [f"-retry-join=127.0.0.1:{server.serf}" for server in servers]
+    agents = [*servers, *clients]
+    for agent in agents:
+        agent.flags = (*agent.flags, *joins, "-retry-interval=1s")
+        agent.start()
+    try:
+        for agent in agents:
+            agent.wait_ready()
+        yield servers, clients
+    finally:
+        for agent in agents:
+            agent.kill()
+
+
+class Writer(threading.Thread):
+    """Writes numbered keys one after the other, through one agent, and keeps those that were acknowledged."""
+
+    def __init__(self, agent: AgentProcess, prefix: str) -> None:
+        super().__init__(daemon=True)
+        self._agent = agent
+        self._prefix = prefix
+        self._ended = threading.Event()
+        self.acknowledged: list[str] = []
+
+    def run(self) -> None:
+        number = 0
+        while not self._ended.is_set():
+            key = f"{self._prefix}/{number}"
+            number += 1
+            try:
+                status, body = self._agent.request("PUT", f"/v1/kv/{key}", key.encode())
+            except Exception:
+                time.sleep(0.02)
+                continue
+            if (status, body.strip()) == (200, b"true"):
+                self.acknowledged.append(key)
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join(30)
+
+
+def test_every_agent_sees_every_node_and_one_leader(cluster):
+    servers, clients = cluster
+    agents = [*servers, *clients]
+    assert len({agent.leader() for agent in agents}) == 1
+    for agent in agents:
+        nodes = {row["Node"] for row in json.loads(agent.get("/v1/catalog/nodes"))}
+        assert nodes >= {"s1", "s2", "s3"}
+    wait_until(lambda: len(json.loads(clients[0].get("/v1/catalog/nodes"))) == 5)
+    health = json.loads(clients[1].get("/v1/health/node/c1"))
+    assert [(check["CheckID"], check["Status"]) for check in health] == [("serfHealth", "passing")]
+
+
+def test_writes_go_on_within_five_seconds_of_the_leaders_death(cluster):
+    servers, clients = cluster
+    leader = next(server for server in servers if clients[0].leader().endswith(f":{server.rpc}"))
+    leader.kill()
+    killed_at = time.monotonic()
+    status, body = clients[0].request("PUT", "/v1/kv/after", b"x")
+    assert (status, body.strip()) == (200, b"true")
+    assert time.monotonic() - killed_at < 5
+    assert clients[1].get("/v1/kv/after?raw") == b"x"
+    leader.start()
+    leader.wait_ready()
+    wait_until(lambda: leader.get("/v1/kv/after?raw&stale") == b"x")
+
+
+def test_no_acknowledged_write_is_lost_when_all_servers_lose_power(cluster):
+    servers, clients = cluster
+    acknowledged: list[str] = []
+    for turn in range(POWER_LOSSES):
+        writers = [Writer(agent, f"r{turn}/{agent.name}") for agent in (*servers, *clients)]
+        for writer in writers:
+            writer.start()
+        time.sleep(0.5 + turn * 0.13)
+        for server in servers:
+            server.running.kill()
+        for server in servers:
+            server.running.wait()
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait_ready()
+        for writer in writers:
+            writer.stop()
+        new = [key for writer in writers for key in writer.acknowledged]
+        assert new
+        acknowledged += new
+        rows = json.loads(servers[turn % 3].get("/v1/kv/r?keys&consistent"))
+        assert not set(acknowledged) - set(rows)
+
+
+def test_everyone_stops_in_time_and_with_status_0(cluster):
+    servers, clients = cluster
+    for agent in (*clients, *servers):
+        assert agent.stop() == 0
+        assert "Traceback" not in agent.log.read_text()
