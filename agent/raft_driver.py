@@ -28,7 +28,8 @@ from mesh.raft.messages import (
     decode_message,
     encode_message,
 )
-from mesh.raft.node import Compaction, LeadershipChanged, Node, Ready, Write
+from mesh.raft.node import Node
+from mesh.raft.ready import Compaction, LeadershipChanged, Ready, Write
 from mesh.raft.replication import ChunkWanted
 
 __all__ = ["LeadershipChanged", "PeerStatus", "RaftDriver", "RaftStatus", "StateMachine"]
@@ -261,7 +262,7 @@ class RaftDriver:
             self._release_reads(node)
         for wanted in ready.chunks_wanted:
             nursery.start_soon(self._read_chunk, node, wanted)
-        if node.snapshot_due and not self._is_saving_snapshot:
+        if node.snapshot_due(trio.current_time()) and not self._is_saving_snapshot:
             self._is_saving_snapshot = True
             nursery.start_soon(self._save_snapshot, node, node.snapshot_meta(), self._state_machine.snapshot())
 
@@ -347,6 +348,8 @@ class RaftDriver:
         if installed is not None:
             logger.info("installing the leader's snapshot at index %d", installed.index)
             self._restore(installed)
+            for index in [index for index in self._waiters if index <= installed.index]:
+                self._waiters.pop(index).fail(OutcomeUnknown("the entry is behind a snapshot of the new leader"))
         self._node.advance(write, trio.current_time(), installed=installed)
         self._wake()
 

@@ -28,7 +28,7 @@ from mesh.raft.messages import (
     decode_snapshot_meta,
     encode_snapshot_meta,
 )
-from mesh.raft.node import Compaction, Write
+from mesh.raft.ready import Compaction, Write
 
 SNAPSHOTS_KEPT: Final = 2
 """The newest, and the one before it that a follower may be receiving."""

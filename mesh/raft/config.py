@@ -26,8 +26,10 @@ class RaftConfig:
     window: int = 8
     """Appends in flight per follower; deep pipelines only move the queue to the follower's disk."""
     snapshot_entries: int = 16384
+    snapshot_interval_s: float = 10.0
     snapshot_bytes: int = 32 * 1024 * 1024
-    """A snapshot is taken once the log has grown by either; the log lives in memory, so the bytes bound that too."""
+    """A snapshot is taken once so many entries were applied and the interval is over, so that steady writes do not copy
+    the whole state all the time; or after so many bytes at once, because the log lives in memory."""
     trailing_entries: int = 10240
     trailing_bytes: int = 8 * 1024 * 1024
     """Kept behind a snapshot so that a follower that is a little late needs no snapshot."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
 from random import Random
 
 from mesh.errors import LimitExceeded, NotLeader, ProtocolError, Refused
@@ -39,64 +38,11 @@ from mesh.raft.messages import (
     encode_configuration,
 )
 from mesh.raft.progress import Progress
+from mesh.raft.ready import Compaction, LeadershipChanged, Ready, Role, Write
 from mesh.raft.replication import ChunkWanted, Leader, ReadReady
 
 TERM_JUMP_MAX = 1 << 20
 """How far ahead a server that we do not know may be; a member may be any distance ahead."""
-
-
-class Role(Enum):
-    """Paper, section 5.1, and the pre-candidate of dissertation 9.6."""
-
-    FOLLOWER = "follower"
-    PRE_CANDIDATE = "pre-candidate"
-    CANDIDATE = "candidate"
-    LEADER = "leader"
-
-
-@dataclass(frozen=True, slots=True)
-class LeadershipChanged:
-    """Who leads, as far as this server knows; leader_id is None while nobody is known to."""
-
-    is_leader: bool
-    leader_id: str | None
-    term: int
-
-
-@dataclass(frozen=True, slots=True)
-class Write:
-    """What must be durable, all of it in this order, before `advance`: term and vote together, a leader's snapshot
-    (chunks for one temporary file; the last one completes it), then entries, replacing all at and above the first."""
-
-    hard_state: HardState | None
-    chunks: tuple[SnapshotChunk, ...]
-    entries: tuple[Entry, ...]
-
-    @property
-    def completes_snapshot(self) -> bool:
-        return bool(self.chunks) and self.chunks[-1].is_last
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """What to do now; see the module."""
-
-    messages: tuple[tuple[str, Message], ...]
-    write: Write | None
-    committed: tuple[Entry, ...]
-    leadership: tuple[LeadershipChanged, ...]
-    reads: tuple[ReadReady, ...]
-    reads_failed: tuple[int, ...]
-    chunks_wanted: tuple[ChunkWanted, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Compaction:
-    """What the store may forget: entries before first_index, and snapshots before the newest two and before
-    oldest_snapshot, which a follower is receiving."""
-
-    first_index: int
-    oldest_snapshot: int | None
 
 
 @dataclass(slots=True)
@@ -144,6 +90,7 @@ class Node:
         self._reads_ready: list[ReadReady] = []
         self._reads_failed: list[int] = []
         self._next_read_id = 1
+        self._snapshot_s = -math.inf
         if self.term > 0:
             # 1. We answer a leader's heartbeat. 2. We are killed and start again at once. 3. Without this we would vote
             # for another while that leader still serves reads under the lease that our answer gave it.
@@ -401,9 +348,10 @@ class Node:
                 return  # it may be a voter that we have not learned of, but then its log is ahead
             self._become_follower(request.term, None, now)
             may_vote = True
-        granted = is_up_to_date and may_vote and self.role is Role.FOLLOWER
+        granted = is_up_to_date and may_vote
         if granted:
             self.vote = sender_id
+            self._set_role(Role.FOLLOWER, None)  # it may have been asking around itself
             self._election.rearm(now)
         self._answer_vote(sender_id, request, granted=granted)
 
@@ -569,11 +517,12 @@ class Node:
         if self._leader is not None:
             self._leader.restart_snapshot(wanted.peer_id, now)
 
-    @property
-    def snapshot_due(self) -> bool:
-        """Whether enough has been applied since the last snapshot to take one."""
+    def snapshot_due(self, now: float) -> bool:
+        """Whether enough has been applied since the last snapshot, and not too soon after it."""
         entries, data_bytes = self.log.applied_since_snapshot
-        return entries >= self.config.snapshot_entries or (entries > 0 and data_bytes >= self.config.snapshot_bytes)
+        if entries >= self.config.snapshot_entries and now - self._snapshot_s >= self.config.snapshot_interval_s:
+            return True
+        return entries > 0 and data_bytes >= self.config.snapshot_bytes
 
     def snapshot_meta(self) -> SnapshotMeta:
         """What a snapshot of the state as applied now stands for. Requires that something was applied."""
@@ -584,6 +533,7 @@ class Node:
 
     def compact(self, meta: SnapshotMeta, now: float) -> Compaction:
         """That snapshot is durable; drop what it replaces. Returns what the store may forget."""
+        self._snapshot_s = now
         oldest = self._leader.oldest_snapshot_in_flight(now) if self._leader is not None else None
         if self.log.snapshot is not None and meta.index <= self.log.snapshot.index:
             return Compaction(self.log.first_index, oldest)  # a leader's snapshot overtook it

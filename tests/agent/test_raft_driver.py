@@ -360,6 +360,7 @@ SMALL = RaftConfig(
     lease_s=0.5,
     retransmit_s=0.5,
     snapshot_entries=50,
+    snapshot_interval_s=0.0,
     trailing_entries=10,
     chunk_bytes=200,
     apply_entries_max=16,

@@ -28,7 +28,7 @@ from mesh.raft.messages import (
     SnapshotMeta,
     encode_configuration,
 )
-from mesh.raft.node import Compaction, Write
+from mesh.raft.ready import Compaction, Write
 
 CONFIGURATION = Configuration((Server("a", "a:1"), Server("b", "b:1")))
 

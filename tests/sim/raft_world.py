@@ -31,7 +31,8 @@ from mesh.raft.messages import (
     encode_message,
     encode_snapshot_meta,
 )
-from mesh.raft.node import Compaction, Node, Ready, Role, Write
+from mesh.raft.node import Node
+from mesh.raft.ready import Compaction, Ready, Role, Write
 from mesh.raft.replication import ChunkWanted
 
 CONFIG = replace(
@@ -39,6 +40,7 @@ CONFIG = replace(
     batch_entries_max=8,
     window=3,
     snapshot_entries=40,
+    snapshot_interval_s=0.0,
     trailing_entries=10,
     chunk_bytes=48,
     apply_entries_max=5,
@@ -382,7 +384,7 @@ class World:
             self.reads_done += 1
         for wanted in ready.chunks_wanted:
             self._for(host, 0.001, lambda wanted=wanted: self._provide_chunk(host, wanted))
-        if node.snapshot_due and not host.is_saving:
+        if node.snapshot_due(self.clock(host)) and not host.is_saving:
             self._save_snapshot(host, node)
 
     def _start_write(self, host: Host, write: Write) -> None:

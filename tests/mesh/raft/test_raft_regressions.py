@@ -25,7 +25,7 @@ from mesh.raft.messages import (
     VoteRequest,
     VoteResponse,
 )
-from mesh.raft.node import Role
+from mesh.raft.ready import Role
 
 
 def others(world: World, name: str) -> list[str]:
