@@ -461,7 +461,7 @@ class GossipNode:
         return self._membership.live_count > (1 if self._membership.local.is_live else 0)
 
     def _when_told(self, action: Callable[[float], None], queue: Callable[[int], None]) -> None:
-        """Queues a rumour; runs `action` once: when it has been told, at the broadcast timeout, or at once when alone."""
+        """Queues a rumour; runs `action` once: when it is told, at the broadcast timeout, or at once when alone."""
 
         def told(at: float) -> None:
             timer.cancel()
