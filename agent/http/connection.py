@@ -20,6 +20,7 @@ from agent.http.request import JSON_TYPE, ApiRequest, ApiResponse, Handler, Rout
 from agent.http.router import Router
 from agent.runtime import Runtime
 from agent.strict_json import MalformedJson
+from agent.telemetry import Metrics
 from mesh.errors import InvalidRequest, MeshError, ProtocolError
 from mesh.http.h1 import CONTINUE, END, EndOfMessage, Rejected, RequestEvent, ServerConnection
 from mesh.http.head import RequestHead, ResponseHead, tokens
@@ -116,8 +117,10 @@ class HttpConnection:
         *,
         client_address: str,
         over_loopback: bool,
+        metrics: Metrics | None = None,
     ) -> None:
         self._stream = stream
+        self._metrics = metrics
         self._router = router
         self._settings = settings
         self._limits = settings.limits
@@ -198,6 +201,8 @@ class HttpConnection:
 
     async def _reject(self, rejected: Rejected) -> None:
         log.info("%s: request refused: %s", self._client_address or "unix socket", rejected.reason)
+        if self._metrics is not None:
+            self._metrics.count("consul.http.malformed")
         await self._send(self._codec.reject(rejected))
         await self._linger()
 
@@ -233,11 +238,20 @@ class HttpConnection:
             await self._respond(head, None, refusal)
         else:
             request = replace(judged.request, body=body)
+            start = trio.current_time()
             response = await self._handle(judged.route.handler, request)
+            self._note_finished(head, judged.route, (trio.current_time() - start) * 1000)
             if response is None:
                 self._codec.must_close = True  # nobody is there to read it
             else:
                 await self._respond(head, request, response)
+
+    def _note_finished(self, head: RequestHead, route: Route, took_ms: float) -> None:
+        if self._metrics is not None:
+            self._metrics.sample("consul.api.http", took_ms, method=route.method, path=_metric_path(route.pattern))
+        if log.isEnabledFor(logging.DEBUG):
+            url, client = head.target.decode("ascii", "backslashreplace"), self._client_address or "unix socket"
+            log.debug("request finished: method=%s url=%s from=%s ms=%.3f", route.method, url, client, took_ms)
 
     async def _read_body(self, head: RequestHead, bytes_max: int) -> bytes | Rejected | None:
         """The body; None when it is larger than `bytes_max`, without having read further than that."""
@@ -245,17 +259,15 @@ class HttpConnection:
             return None
         if head.expects_continue and head.has_body:
             await self._send(CONTINUE)
-        pieces: list[bytes] = []
-        size = 0
+        body = bytearray()  # not a list of pieces: chunks may be of one byte each
         while True:
             match await self._next_event():
                 case bytes() as piece:
-                    pieces.append(piece)
-                    size += len(piece)
-                    if size > bytes_max:
+                    body += piece
+                    if len(body) > bytes_max:
                         return None
                 case EndOfMessage():
-                    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                    return bytes(body)
                 case Rejected() as rejected:
                     return rejected
                 case unexpected:  # the codec answers an early end with Rejected, and a head only follows an end
@@ -383,6 +395,12 @@ async def _run(handler: Handler, request: ApiRequest) -> ApiResponse:
 @lru_cache(maxsize=2)
 def _date(unix_s: int) -> bytes:
     return formatdate(unix_s, usegmt=True).encode()
+
+
+@lru_cache(maxsize=256)
+def _metric_path(pattern: str) -> str:
+    """`v1.kv._` of `/v1/kv/:key`: names of keys and services never become labels."""
+    return ".".join("_" if segment.startswith(":") else segment for segment in pattern.split("/")[1:])
 
 
 def _moved(path: str, query: str) -> ApiResponse:

@@ -25,6 +25,7 @@ from agent.http.connection import HttpConnection, HttpSettings, Stream
 from agent.http.request import Route
 from agent.http.router import Router
 from agent.runtime import Runtime
+from agent.telemetry import Metrics
 from mesh.errors import ConfigError
 
 log = logging.getLogger("mesh.http")
@@ -67,7 +68,13 @@ class HttpServer:
         listens: Sequence[TcpListen | UnixListen],
         settings: HttpSettings,
         runtime: Runtime,
+        *,
+        metrics: Metrics | None = None,
     ) -> None:
+        """`metrics`: where requests are timed and refusals counted (`consul.api.http`, `consul.http.*`)."""
+        self._metrics = metrics
+        if metrics is not None:
+            metrics.gauge("consul.http.connections", lambda: self.connection_count)
         self._router = Router(routes)
         self._listens = tuple(listens)
         self._settings = settings
@@ -151,6 +158,7 @@ class HttpServer:
                 continue
             if self._open >= self._connections_max:
                 log.warning("connection refused: %d are open, the most this agent takes", self._open)
+                self._count_refused()
                 stream.socket.close()
                 continue
             self._open += 1
@@ -169,7 +177,13 @@ class HttpServer:
                 return
             stream: Stream = tcp if tls is None else await self._handshake(tcp, tls)
             connection = HttpConnection(
-                stream, self._router, self._settings, self._runtime, client_address=client, over_loopback=over_loopback
+                stream,
+                self._router,
+                self._settings,
+                self._runtime,
+                client_address=client,
+                over_loopback=over_loopback,
+                metrics=self._metrics,
             )
             self._connections.add(connection)
             if self._accepting.cancel_called:
@@ -191,7 +205,12 @@ class HttpServer:
             if not self._connections:
                 self._emptied.set()
 
+    def _count_refused(self) -> None:
+        if self._metrics is not None:
+            self._metrics.count("consul.http.refused")
+
     async def _refuse(self, tcp: trio.SocketStream, client: str, *, encrypted: bool) -> None:
+        self._count_refused()
         log.warning("%s: connection refused: it has %d open", client, self._per_client[client] - 1)
         if not encrypted:
             with trio.move_on_after(REFUSAL_S):

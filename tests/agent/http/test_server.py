@@ -15,6 +15,7 @@ from agent.http.connection import HttpLimits, HttpSettings
 from agent.http.request import ApiRequest, ApiResponse, Route, text_response
 from agent.http.server import HttpServer, TcpListen, UnixListen
 from agent.runtime import Runtime
+from agent.telemetry import Metrics
 from mesh.errors import ConfigError
 
 LOOPBACK = TcpListen("ports.http", "127.0.0.1", 0)
@@ -29,14 +30,17 @@ async def wait_forever(request: ApiRequest) -> ApiResponse:
     raise AssertionError
 
 
-ROUTES = [Route("GET", "/client", client_of), Route("GET", "/forever", wait_forever)]
+ROUTES = [
+    Route("GET", "/client", client_of),
+    Route("GET", "/forever", wait_forever),
+    Route("GET", "/items/:id", client_of),
+]
 
 
 @asynccontextmanager
-async def serving(*listens, limits=None, **settings):
-    server = HttpServer(
-        ROUTES, listens or (LOOPBACK,), HttpSettings(limits=limits or HttpLimits(), **settings), Runtime(seed=1)
-    )
+async def serving(*listens, limits=None, metrics=None, **settings):
+    common = HttpSettings(limits=limits or HttpLimits(), **settings)
+    server = HttpServer(ROUTES, listens or (LOOPBACK,), common, Runtime(seed=1), metrics=metrics)
     await server.listen()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server.run)
@@ -127,6 +131,28 @@ async def test_flood_is_closed_beyond_the_total_and_service_resumes():
         await until(lambda: server.connection_count == 0)
         async with await trio.open_tcp_stream(*server.addresses[0]) as stream:
             assert (await ask(stream)).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_requests_are_timed_and_refusals_counted(caplog):
+    caplog.set_level("DEBUG", logger="mesh.http")
+    metrics = Metrics(lambda: 1000.0)
+    async with serving(limits=HttpLimits(connections_per_client=1), metrics=metrics) as server:
+        async with await trio.open_tcp_stream(*server.addresses[0]) as stream:
+            await until(lambda: server.connection_count == 1)
+            async with await trio.open_tcp_stream(*server.addresses[0]) as second:
+                assert (await second.receive_some()).startswith(b"HTTP/1.1 429 ")
+            assert "consul_http_connections 1" in metrics.prometheus_text()
+            await ask(stream, "/items/secret-name?x=1")
+        await until(lambda: server.connection_count == 0)
+        async with await trio.open_tcp_stream(*server.addresses[0]) as stream:
+            await stream.send_all(b"nonsense\r\n\r\n")
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 400 ")
+    text = metrics.prometheus_text()
+    assert 'consul_api_http_count{method="GET",path="items._"} 1' in text
+    assert "secret-name" not in text
+    assert "consul_http_refused 1" in text
+    assert "consul_http_malformed 1" in text
+    assert "method=GET url=/items/secret-name?x=1 from=127.0.0.1 ms=" in caplog.text
 
 
 async def test_exhausted_descriptors_pause_accepting_and_nothing_ends(monkeypatch, caplog):
