@@ -13,6 +13,9 @@ from agent.backend import Backend
 from agent.cluster import ClientCluster, ServerCluster, open_server
 from agent.config import PORT_OFF, AgentConfig, node_id, prepare_data_dir
 from agent.host import Host, own_node
+from agent.http.agent_api import AgentApi
+from agent.http.agent_connect import AgentConnectApi
+from agent.http.agent_services import AgentServicesApi
 from agent.http.catalog import CatalogApi
 from agent.http.config_entries import ConfigApi
 from agent.http.connect_ca import ConnectCaApi
@@ -105,7 +108,7 @@ class Agent:
             await host.load()
             await nursery.start(self._cluster.run)
             await nursery.start(host.run)
-            http = HttpServer(self._routes(), self._listens(), self._http_settings(), self._runtime)
+            http = HttpServer(self._routes(host), self._listens(), self._http_settings(), self._runtime)
             await http.listen()
             nursery.start_soon(http.run)
             self._print_banner()
@@ -183,10 +186,23 @@ class Agent:
 
     # -- the API
 
-    def _routes(self) -> tuple[Route, ...]:
+    def _routes(self, host: Host) -> tuple[Route, ...]:
         config, backend, datacenter = self._config, self._backend, self._config.datacenter
         default_allow = config.default_intention_policy == "allow"
+        agent = AgentApi(
+            config,
+            self._runtime,
+            node=host.node,
+            state=host.state,
+            gossip=self._cluster.gossip,
+            metrics=self.metrics,
+            server_statistics=self._cluster.statistics,
+            request_leave=self.leave,
+        )
         return (
+            *agent.routes(),
+            *AgentServicesApi(host.state, host.checks, self._runtime, datacenter).routes(),
+            *AgentConnectApi(backend, datacenter, host.leaves, default_allow=default_allow).routes(),
             *StatusApi(backend, datacenter).routes(),
             *CatalogApi(backend, datacenter).routes(),
             *HealthApi(backend, datacenter).routes(),

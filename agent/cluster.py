@@ -154,6 +154,11 @@ class ClientCluster(Cluster):
             await nursery.start(self.backend.run)
             task_status.started()
 
+    def statistics(self) -> dict[str, dict[str, str]]:
+        """Section `consul` of /v1/agent/self."""
+        alive = sum(server.alive for server in self.servers.all())
+        return {"consul": {"known_servers": str(alive), "server": "false"}}
+
     async def leave(self) -> None:
         """Tells the others that this agent goes; returns within seconds, whether they heard it or not."""
         with trio.move_on_after(GOSSIP_LEAVE_DEADLINE_S):
@@ -289,6 +294,35 @@ class ServerCluster(Cluster):
         while not self.store.cluster_id:
             await self.watches.wait((ROOTS,), until=trio.current_time() + 60.0)
         self.gossip.set_tags({**self._tags, CLUSTER_TAG: self.store.cluster_id})
+
+    def statistics(self) -> dict[str, dict[str, str]]:
+        """Sections `consul` and `raft` of /v1/agent/self, under Consul's names."""
+        raft = self.raft.status
+        leader = None if raft.leader_id is None else self.backend.resolve(raft.leader_id)
+        contact = "never" if raft.last_contact_s is None else f"{raft.last_contact_s * 1000:.6g}ms"
+        return {
+            "consul": {
+                "bootstrap": str(self._config.bootstrap_expect == 1).lower(),
+                "known_datacenters": "1",
+                "leader": str(self.leadership.is_leader).lower(),
+                "leader_addr": "" if leader is None else join_address(leader),
+                "server": "true",
+            },
+            "raft": {
+                "applied_index": str(raft.applied_index),
+                "commit_index": str(raft.commit_index),
+                "fsm_pending": str(raft.commit_index - raft.applied_index),
+                "last_contact": "0" if self.leadership.is_leader else contact,
+                "last_log_index": str(raft.last_log_index),
+                "last_log_term": str(raft.last_log_term),
+                "last_snapshot_index": str(raft.last_snapshot_index),
+                "last_snapshot_term": str(raft.last_snapshot_term),
+                "num_peers": str(sum(node_id != self.node_id for node_id in raft.voters)),
+                "protocol_version": "3",
+                "state": raft.role.capitalize(),
+                "term": str(raft.term),
+            },
+        }
 
     async def leave(self) -> None:
         """Hands over leadership, tells the others, and waits to be taken out of the voters; bounded throughout."""

@@ -67,7 +67,7 @@ class Host:
             check_output_bytes_max=config.check_output_max_size,
         )
         self.leaves = LeafManager(backend=backend, runtime=runtime, datacenter=config.datacenter, data_dir=data_dir)
-        self._checks = CheckRunner(self.state, backend, runtime, node_name=config.node_name)
+        self.checks = CheckRunner(self.state, backend, runtime, node_name=config.node_name)
         self._synchronizer = Synchronizer(
             self.state,
             backend,
@@ -101,7 +101,7 @@ class Host:
         """Until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(keep_running, "leaves", self.leaves.run)
-            nursery.start_soon(keep_running, "checks", self._checks.run)
+            nursery.start_soon(keep_running, "checks", self.checks.run)
             nursery.start_soon(keep_running, "synchronizer", self._synchronizer.run)
             task_status.started()
 

@@ -154,6 +154,22 @@ class Metrics:
         return "".join(f"{line}\n" for line in lines)
 
 
+class MergedMetrics:
+    """The agent's metrics together with its worker's Prometheus text."""
+
+    def __init__(self, metrics: Metrics, worker_text: Callable[[], str]) -> None:
+        self._metrics = metrics
+        self._worker_text = worker_text
+
+    def json_form(self) -> dict[str, object]:
+        """See Metrics: the agent's own only, as the JSON form is Consul's."""
+        return self._metrics.json_form()
+
+    def prometheus_text(self) -> str:
+        """Both."""
+        return self._metrics.prometheus_text() + self._worker_text()
+
+
 def _key(name: str, labels: Mapping[str, str]) -> MetricKey:
     return name, tuple(sorted(labels.items())) if labels else ()
 
