@@ -10,6 +10,7 @@ from mesh.errors import ProtocolError
 
 # Whatever can change under normalisation contains one of these; most paths contain none and cost one search.
 _SUSPECT = re.compile(rb"/\.|//|[%\\]")
+_BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 
@@ -41,10 +42,14 @@ def normalize_path(path: bytes, *, merge_slashes: bool = False) -> bytes:
     """The canonical path: unreserved escapes decoded, other escapes in upper case, backslashes as slashes, dot segments
     removed (RFC 3986 section 5.2.4), repeated slashes merged when asked. `%2F` stays as it is. Idempotent.
 
-    The path has no query and begins with `/`. Raises ProtocolError when it climbs above the root or escapes a NUL.
+    The path has no query and begins with `/`. Raises ProtocolError when it climbs above the root, escapes a NUL, or has
+    a percent sign with no escape after it.
     """
     if _SUSPECT.search(path) is None:
         return path
+    if _BROKEN_ESCAPE.search(path) is not None:
+        # `%%32e` would become `%2e`: what is decoded once must not decode again (RFC 3986 section 2.4).
+        raise ProtocolError("the path contains a percent sign that begins no escape")
     path = _ESCAPE.sub(_normalize_escape, path).replace(b"\\", b"/")
     if merge_slashes:
         path = re.sub(rb"/{2,}", b"/", path)

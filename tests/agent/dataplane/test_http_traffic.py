@@ -1,5 +1,6 @@
 """HTTP through two sidecars of a real worker; the test plays the client and the application."""
 
+import threading
 import time
 
 import pytest
@@ -378,3 +379,26 @@ def test_a_slow_reader_stalls_only_its_own_stream_in_bounded_memory(pair):
         assert time.monotonic() - began < 5
     slow.read_head()
     assert slow.read(sent - 1000) == (pattern * (sent // 65536 + 1))[: sent - 1000]  # it goes on when the reader does
+
+
+def test_a_gibibyte_passes_in_bounded_memory(pair):
+    hops = pair.hops()
+    client = hops.client()
+    client.send(GET)
+    app = hops.app()
+    app.read_message()
+    size, block = 1 << 30, bytes(1 << 20)
+    app.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+    before = highest = pair.worker.rss_bytes()
+    sender = threading.Thread(target=lambda: [app.send(block) for _ in range(size // len(block))])
+    sender.start()
+    client.read_head()
+    received, buffer, reads = len(client.buffer), bytearray(1 << 20), 0
+    while received < size:
+        received += client.sock.recv_into(buffer)
+        reads += 1
+        if not reads % 256:
+            highest = max(highest, pair.worker.rss_bytes())
+    sender.join()
+    assert received == size
+    assert highest - before < 16 * 1024 * 1024
