@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from gossip_world import GossipWorld
+from sim.gossip_world import GossipWorld
 
 from mesh.gossip.config import LAN
 from mesh.gossip.events import MemberFailed, MemberJoined, MemberLeft, MemberReaped, MemberUpdated, NameConflicted
