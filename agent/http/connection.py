@@ -1,29 +1,25 @@
 """One connection of the API: reads requests in order, runs their handlers, writes their answers."""
 
-import gzip
 import logging
-import re
 from collections import deque
 from dataclasses import dataclass, replace
-from email.utils import formatdate
 from functools import lru_cache
 from typing import Protocol
-from urllib.parse import quote
 
-import msgspec
 import trio
 
 from agent.http.errors import error_response
 from agent.http.params import WAIT_S_DEFAULT, WAIT_S_MAX, Params
 from agent.http.policy import host_allowed, origin_allowed
-from agent.http.request import JSON_TYPE, ApiRequest, ApiResponse, Handler, Route, text_response
+from agent.http.rendering import GZIP_BYTES_MIN, accepts_gzip, moved, render, render_compressed
+from agent.http.request import ApiRequest, ApiResponse, Handler, Route, text_response
 from agent.http.router import Router
 from agent.runtime import Runtime
 from agent.strict_json import MalformedJson
 from agent.telemetry import Metrics
 from mesh.errors import InvalidRequest, MeshError, ProtocolError
 from mesh.http.h1 import CONTINUE, END, EndOfMessage, Rejected, RequestEvent, ServerConnection
-from mesh.http.head import RequestHead, ResponseHead, tokens
+from mesh.http.head import RequestHead, ResponseHead
 
 log = logging.getLogger("mesh.http")
 
@@ -31,8 +27,6 @@ READ_BYTES = 64 * 1024
 WRITE_BYTES = 256 * 1024  # one piece, for which WRITE_S is the deadline
 READ_AHEAD_BYTES_MAX = 64 * 1024  # pipelined behind a blocking request; past it, its client's absence goes unnoticed
 DISCARD_BYTES_MAX = 64 * 1024  # of a refused request's body, to keep the connection
-GZIP_BYTES_MIN = 1024  # below, the answer fits one packet anyway
-GZIP_IN_THREAD_BYTES = 256 * 1024  # above, compressing would stall the agent for milliseconds
 LINGER_S = 2.0  # how long a refused upload may go on before the connection is reset
 NOT_FOUND_TEXT = "Invalid URL path: not a recognized HTTP API endpoint"
 
@@ -291,7 +285,7 @@ class HttpConnection:
         if not settings.cross_origin and not origin_allowed(method, headers.get("origin"), authority):
             return text_response("A page of another origin may not write through this agent", status=403)
         if "//" in path and not path.startswith("/v1/kv/"):
-            return _moved(path, query)
+            return moved(path, query)
         try:
             match = self._router.match(path)
             if match is None:
@@ -350,26 +344,17 @@ class HttpConnection:
 
     async def _respond(self, head: RequestHead, request: ApiRequest | None, response: ApiResponse) -> None:
         settings = self._settings
-        body = response.body
-        if response.content_type == JSON_TYPE and (settings.pretty or (request and request.params.has("pretty"))):
-            body = msgspec.json.format(body, indent=4) + b"\n"
-        headers = [
-            (b"Content-Type", response.content_type.encode()),
-            (b"Date", _date(int(self._runtime.unix_time_s()))),
-            (b"Vary", b"Accept-Encoding"),
-            (b"X-Content-Type-Options", b"nosniff"),
-            (b"X-Consul-Default-Acl-Policy", settings.default_policy.encode()),
-        ]
+        pretty = settings.pretty or (request is not None and request.params.has("pretty"))
+        compress = len(response.body) >= GZIP_BYTES_MIN and accepts_gzip(head)
+        rendered = render(response, pretty=pretty) if not compress else await render_compressed(response, pretty=pretty)
+        common = [("X-Consul-Default-Acl-Policy", settings.default_policy), *settings.response_headers]
         if settings.translate_addresses:
-            headers.append((b"X-Consul-Translate-Addresses", b"true"))
-        if len(body) >= GZIP_BYTES_MIN and _accepts_gzip(head):
-            body = await trio.to_thread.run_sync(_gzip, body) if len(body) > GZIP_IN_THREAD_BYTES else _gzip(body)
-            headers.append((b"Content-Encoding", b"gzip"))
-        for name, value in (*response.headers, *settings.response_headers):
-            headers.append((name.encode("utf-8"), value.encode("utf-8")))
+            common.append(("X-Consul-Translate-Addresses", "true"))
+        headers = rendered.headers(common, now_s=self._runtime.unix_time_s())
+        body = rendered.body
         codec = self._codec
         try:
-            data = codec.send_response(ResponseHead(response.status, tuple(headers), len(body)), head)
+            data = codec.send_response(ResponseHead(response.status, headers, len(body)), head)
         except ProtocolError:
             log.exception("%s %s: unsendable answer", head.method.decode(), head.path.decode("utf-8", "replace"))
             body = b""
@@ -392,31 +377,7 @@ async def _run(handler: Handler, request: ApiRequest) -> ApiResponse:
         return text_response("Internal error; the agent's log says more", status=500)
 
 
-@lru_cache(maxsize=2)
-def _date(unix_s: int) -> bytes:
-    return formatdate(unix_s, usegmt=True).encode()
-
-
 @lru_cache(maxsize=256)
 def _metric_path(pattern: str) -> str:
     """`v1.kv._` of `/v1/kv/:key`: names of keys and services never become labels."""
     return ".".join("_" if segment.startswith(":") else segment for segment in pattern.split("/")[1:])
-
-
-def _moved(path: str, query: str) -> ApiResponse:
-    """301 to the path without repeated slashes. It begins with one slash only, so it names no other host."""
-    clean = quote(re.sub("/{2,}", "/", path), safe="/%:;,=@!$&'()*+~")
-    location = f"{clean}?{quote(query, safe='/%:;,=@!$&?+~*')}" if query else clean
-    return text_response("Moved Permanently", status=301, headers=(("Location", location),))
-
-
-def _accepts_gzip(head: RequestHead) -> bool:
-    for member in tokens(head.header(b"accept-encoding") or b""):
-        coding, _, weight = member.partition(b";")
-        if coding.strip() in (b"gzip", b"*"):
-            return weight.replace(b" ", b"") not in (b"q=0", b"q=0.0", b"q=0.00", b"q=0.000")
-    return False
-
-
-def _gzip(body: bytes) -> bytes:
-    return gzip.compress(body, compresslevel=1, mtime=0)
