@@ -381,10 +381,12 @@ class RaftDriver:
             return
         message = decode_message(data)
         try:
-            self._node.receive_message(sender_id, message, trio.current_time())
+            is_work = self._node.receive_message(sender_id, message, trio.current_time())
         except AssertionError as error:
             self._broken = error  # our own belief was wrong: the server stops, whoever's task this is
-        self._wake()
+            is_work = True
+        if is_work:
+            self._wake()
 
     async def propose(self, data: bytes) -> object:
         """Replicate a command, and wait until it is applied here; what `apply` returned.

@@ -213,7 +213,7 @@ def decode_message(data: bytes) -> Message:
         raise ProtocolError(f"raft message of {len(data)} bytes; the limit is {MESSAGE_BYTES_MAX}")
     try:
         message = _decoder.decode(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"raft message: {error}") from None
     if isinstance(message, AppendRequest):
         _check_append(message)
@@ -244,7 +244,7 @@ def decode_configuration(data: bytes) -> Configuration:
     """The configuration in an entry. Raises ProtocolError when malformed or when check_configuration refuses it."""
     try:
         configuration = _configuration_decoder.decode(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"raft configuration: {error}") from None
     check_configuration(configuration)
     return configuration
@@ -277,7 +277,7 @@ def decode_snapshot_meta(data: bytes) -> SnapshotMeta:
     """The head of a snapshot file. Raises ProtocolError when malformed."""
     try:
         meta = _meta_decoder.decode(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"raft snapshot: {error}") from None
     check_configuration(meta.configuration)
     return meta

@@ -41,6 +41,8 @@ from mesh.raft.progress import Progress
 from mesh.raft.ready import Compaction, LeadershipChanged, Ready, Role, Write
 from mesh.raft.replication import ChunkWanted, Leader, ReadReady
 
+__all__ = ["LeadershipChanged", "Node", "Ready", "Role", "Write"]
+
 TERM_JUMP_MAX = 1 << 20
 """How far ahead a server that we do not know may be; a member may be any distance ahead."""
 
@@ -309,10 +311,11 @@ class Node:
 
     # -- messages
 
-    def receive_message(self, sender_id: str, message: Message, now: float) -> None:
-        """Take in one message from an authenticated server.
+    def receive_message(self, sender_id: str, message: Message, now: float) -> bool:
+        """Take in one message from an authenticated server; False when that leaves nothing for take_ready.
 
-        Raises ProtocolError when it contradicts what raft allows (nothing has changed then); drop the connection.
+        An idle leader's followers answer heartbeats all the time, and waking the driver for each would be most of its
+        work. Raises ProtocolError when it contradicts what raft allows (nothing has changed then); drop the connection.
         """
         match message:
             case VoteRequest():
@@ -324,7 +327,8 @@ class Node:
                 if message.term == self.term and sender_id == self.leader_id != self.node_id and self._may_stand():
                     self._campaign(now, is_transfer=True)
             case VoteResponse() | AppendResponse() | HeartbeatResponse() | SnapshotResponse():
-                self._receive_response(sender_id, message, now)
+                return self._receive_response(sender_id, message, now)
+        return True
 
     def _receive_vote_request(self, sender_id: str, request: VoteRequest, now: float) -> None:
         if request.term < self.term:
@@ -369,34 +373,35 @@ class Node:
         sender_id: str,
         response: VoteResponse | AppendResponse | HeartbeatResponse | SnapshotResponse,
         now: float,
-    ) -> None:
+    ) -> bool:
         if sender_id not in self.log.configuration.server_ids:
-            return
+            return False
         if isinstance(response, VoteResponse) and response.pre and response.granted:
             if self.role is Role.PRE_CANDIDATE and response.term == self.term + 1:
                 self._election.record(sender_id, granted=True)
                 self._count_votes(now)
-            return
+            return True
         if response.term > self.term:
             self._become_follower(response.term, None, now)
-            return
+            return True
         if isinstance(response, VoteResponse):
             wanted = Role.PRE_CANDIDATE if response.pre else Role.CANDIDATE
             if self.role is wanted and (response.pre or response.term == self.term):
                 self._election.record(sender_id, granted=response.granted)
                 self._count_votes(now)
-            return
+            return True
         leader = self._leader
         if leader is None or response.term < self.term or sender_id not in leader.progress:
-            return
+            return False
         match response:
             case AppendResponse():
                 leader.receive_append_response(sender_id, response, now)
                 self._advance_commit(leader, now)
             case HeartbeatResponse():
-                leader.receive_heartbeat_response(sender_id, response.round, now)
+                return leader.receive_heartbeat_response(sender_id, response.round, now)
             case SnapshotResponse():
                 leader.receive_snapshot_response(sender_id, response, now)
+        return True
 
     def _advance_commit(self, leader: Leader, now: float) -> None:
         if not leader.advance_commit(now):

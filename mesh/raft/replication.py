@@ -152,14 +152,17 @@ class Leader:
         hint, _ = self._log.latest_match(response.hint_index, response.hint_term)
         peer.refused(max(1, min(hint + 1, response.index, self._log.last_index + 1)))
 
-    def receive_heartbeat_response(self, peer_id: str, round_id: int, now: float) -> None:
-        """Count the round for leases and reads; take up again what the transport may have lost."""
+    def receive_heartbeat_response(self, peer_id: str, round_id: int, now: float) -> bool:
+        """Count the round for leases and reads, take up again what was lost; whether that gave work to do."""
+        was_silenced = self.is_silenced(now)
         peer = self.progress[peer_id]
         peer.contact_s = now
         peer.acked_round = max(peer.acked_round, min(round_id, self._round))
-        if peer.stalled(now, self._config.retransmit_s):
+        is_stalled = peer.stalled(now, self._config.retransmit_s)
+        if is_stalled:
             peer.restart(now)
         self._count_round(now)
+        return was_silenced or is_stalled or bool(self.reads_ready or self._reads_waiting)
 
     def receive_snapshot_response(self, peer_id: str, response: SnapshotResponse, now: float) -> None:
         """The next chunk, if this answers the snapshot under way."""

@@ -333,8 +333,8 @@ class World:
     def deliver(self, sender: str, name: str, message: Message) -> None:
         host = self.hosts[name]
         node = self.node(name)
-        node.receive_message(sender, message, self.clock(host))
-        self._pump(host)
+        if node.receive_message(sender, message, self.clock(host)):
+            self._pump(host)
 
     # -- the driver's part
 

@@ -132,6 +132,13 @@ def test_message_over_the_size_limit_is_refused_before_it_is_decoded() -> None:
         decode_message(b"\x00" * (MESSAGE_BYTES_MAX + 1))
 
 
+def test_text_that_is_not_utf8_is_refused() -> None:
+    data = encode_configuration(CONFIGURATION).replace(b"a:1", b"\xff:1")
+    for decode in (decode_configuration, decode_snapshot_meta):
+        with pytest.raises(ProtocolError):
+            decode(data)
+
+
 def test_trailing_bytes_are_refused() -> None:
     with pytest.raises(ProtocolError):
         decode_message(encode_message(TimeoutNow(1)) + b"\x00")
