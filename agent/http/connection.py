@@ -211,7 +211,10 @@ class HttpConnection:
     async def _exchange(self, head: RequestHead) -> None:
         """Answers one request, whose head was read."""
         judged = self._judge(head)
-        body_max = judged.route.body_bytes_max if isinstance(judged, _Task) else DISCARD_BYTES_MAX
+        if isinstance(judged, _Task):
+            body_max = judged.route.body_bytes_max
+        else:
+            body_max = 0 if head.expects_continue else DISCARD_BYTES_MAX
         if self._events and self._events[0] is END:
             self._events.popleft()  # no body, as most requests
             body: bytes | Rejected | None = b""
@@ -249,7 +252,7 @@ class HttpConnection:
 
     async def _read_body(self, head: RequestHead, bytes_max: int) -> bytes | Rejected | None:
         """The body; None when it is larger than `bytes_max`, without having read further than that."""
-        if head.content_length is not None and head.content_length > bytes_max:
+        if head.has_body and ((head.content_length or 0) > bytes_max or bytes_max == 0):
             return None
         if head.expects_continue and head.has_body:
             await self._send(CONTINUE)

@@ -326,6 +326,13 @@ async def test_client_that_waits_for_continue_gets_it(autojump_clock):
         assert (await read_answer(client.stream)).body == b"true"
 
 
+@pytest.mark.parametrize("framing", ["Content-Length: 1", "Transfer-Encoding: chunked"])
+async def test_refused_client_is_not_asked_for_its_body(autojump_clock, framing):
+    async with serving() as client:
+        answer = await client.ask("PUT /nope HTTP/1.1", framing, "Expect: 100-continue")
+        assert (answer.status, answer.headers["connection"]) == (404, "close")
+
+
 async def test_small_body_of_a_refused_request_keeps_the_connection(autojump_clock):
     async with serving() as client:
         assert (await client.ask("PUT /nope HTTP/1.1", "Content-Length: 4", body=b"body")).status == 404
