@@ -237,6 +237,8 @@ class CheckRunner:
             target = fold(definition.alias_service)
             bearing = [*by_service[""], *by_service[target]] if target else by_service[""]
             others = [check for check in bearing if fold(check.check_id) != fold(definition.check_id)]
+            if any(not self._state.is_proven(check.check_id) for check in others):
+                continue  # after a restart: nothing is known of them yet, so nothing of their alias
             exists = not target or self._state.service(definition.alias_service) is not None
             result = alias_result(others, target=_alias_target(definition), target_exists=exists)
             self._report(definition, CheckResult(result.status, result.output))

@@ -97,6 +97,9 @@ class LocalState:
         self._services: dict[str, _ServiceEntry] = {}
         self._checks: dict[str, _CheckEntry] = {}
         self._restored_expiries: dict[str, float] = {}
+        # Checks that were there before this process and have not run in it yet: what the catalog says of them is a
+        # better guess than critical, which would take every service of a restarting agent out of service.
+        self._unproven: set[str] = set()
         self._subscribers: dict[object, Callable[[], None]] = {}
         self._lock = trio.Lock()
 
@@ -127,6 +130,10 @@ class LocalState:
         """The checks of one service, by ID ascending."""
         key = fold(service_id)
         return tuple(check for check in self.checks() if check.service_id and fold(check.service_id) == key)
+
+    def is_proven(self, check_id: str) -> bool:
+        """False for a check from before a restart that has had no result since."""
+        return fold(check_id) not in self._unproven
 
     def restored_expiry_s(self, check_id: str) -> float | None:
         """When (Unix seconds) the TTL result restored from disk lapses; None when none was restored."""
@@ -166,7 +173,10 @@ class LocalState:
             self._services |= services
             for key in gone:
                 self._drop_check(key)
+            new = checks.keys() - self._checks.keys()
             self._checks |= checks
+            if source == "config":
+                self._note_unproven(new)
         self._notify()
 
     def _merged(
@@ -275,7 +285,10 @@ class LocalState:
             await self._persist(writes)
             if owner is not None:
                 self._services[fold(owner.stored.service.service_id)] = owner
+            is_new = key not in self._checks
             self._checks[key] = entry
+            if is_new and source == "config":
+                self._note_unproven([key])
         self._notify()
 
     async def remove_check(self, check_id: str) -> None:
@@ -303,12 +316,28 @@ class LocalState:
         entry = self._checks.get(key)
         if entry is None:
             return
+        was_unproven = key in self._unproven
+        self._unproven.discard(key)
         limit = self._check_output_bytes_max
         if entry.definition.output_bytes_max:
             limit = min(limit, entry.definition.output_bytes_max)
         row = replace(entry.row, status=status, output=cut_output(output, limit))
-        if row != entry.row:
+        if row != entry.row or was_unproven:
             self._checks[key] = replace(entry, row=row)
+            self._notify()
+
+    def adopt_results(self, rows: Iterable[Check]) -> None:
+        """Takes the catalog's word for the checks that have not run since a restart."""
+        changed = False
+        for row in rows:
+            key = fold(row.check_id)
+            entry = self._checks.get(key)
+            if entry is None or key not in self._unproven:
+                continue
+            adopted = replace(entry.row, status=row.status, output=row.output)
+            changed = changed or adopted != entry.row
+            self._checks[key] = replace(entry, row=adopted)
+        if changed:
             self._notify()
 
     async def keep_result(self, check_id: str, *, expires_at_s: float) -> None:
@@ -342,7 +371,14 @@ class LocalState:
         checks = tuple(check for check in owner.stored.checks if fold(check.check_id) != key)
         return replace(owner, stored=replace(owner.stored, checks=checks))
 
+    def _note_unproven(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            definition = self._checks[key].definition
+            if definition.type in ("http", "tcp", "alias") and not definition.status:
+                self._unproven.add(key)
+
     def _drop_check(self, key: str) -> None:
+        self._unproven.discard(key)
         self._checks.pop(key, None)
         self._restored_expiries.pop(key, None)
 
@@ -395,6 +431,7 @@ class LocalState:
             entry = self._check_entry(definition, service, "api", with_service=False)
             self._checks[fold(definition.check_id)] = entry
         self._restore_results(results)
+        self._note_unproven(self._checks)
         self._notify()
 
     def _restore_results(self, results: Iterable[_StoredResult]) -> None:

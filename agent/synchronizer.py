@@ -27,6 +27,7 @@ from mesh.names import fold
 FULL_SYNC_INTERVAL_S = 60.0
 RETRY_S_MIN = 0.5
 RETRY_S_MAX = 15.0
+SECOND_SYNC_S = 5.0  # after the first: the leader registers a new member's node at the same time as we do
 SERVER_APPEARED_STAGGER_S = 3.0
 _SCALE_NODES = 128  # up to so many nodes the intervals are as they stand
 
@@ -68,6 +69,7 @@ class Synchronizer:
         self._changed = trio.Event()
         self._appeared = trio.Event()
         self._full_sync_at = 0.0
+        self._has_synced = False
         self.failures = 0  # in a row; for health and metrics
 
     @property
@@ -137,8 +139,11 @@ class Synchronizer:
             self._known = None
             known = await self._read()
             scale = cluster_scale(self._cluster_size())
-            self._full_sync_at = now + FULL_SYNC_INTERVAL_S + self._rng.uniform(0.0, FULL_SYNC_INTERVAL_S * scale)
+            interval_s = FULL_SYNC_INTERVAL_S if self._has_synced else SECOND_SYNC_S
+            self._full_sync_at = now + interval_s + self._rng.uniform(0.0, interval_s * scale)
+            self._has_synced = True
             self._known = known
+            self._state.adopt_results(known.checks.values())
         known = self._known
         self._defer(known)
         for command in self._plan(known):

@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
 import trio
 import trio.testing
 from msgspec.structs import replace
 
+from agent.checks import CheckRunner
 from agent.definitions import check_definition, service_definition
 from agent.local_state import LocalState
 from agent.runtime import Runtime
@@ -17,6 +20,7 @@ from tests.agent.http.memory_backend import MemoryBackend
 Clock = trio.testing.MockClock
 
 NODE = Node("node-1", "10.0.0.1", node_id="adf4238a-882b-9ddc-4a9d-5b6758e4159e", datacenter="dc1", meta={"rack": "1"})
+SIDECAR = {"Connect": {"SidecarService": {}}}
 WEB = {"Name": "web", "ID": "web-1", "Port": 80, "Check": {"TTL": "30s"}}
 
 
@@ -84,6 +88,46 @@ async def test_a_service_and_its_checks_are_one_command(agent: Agent, autojump_c
     assert [check.check_id for check in command.checks] == ["service:web-1"]
 
 
+async def test_a_restarting_agent_does_not_take_its_healthy_services_out(tmp_path: Path, autojump_clock: Clock) -> None:
+    """A check that passed before the restart stays passing in the catalog until it has run again."""
+    tcp = {"TCP": "127.0.0.1:1", "Interval": "30s", "CheckID": "tcp"}  # nobody listens: the first run will fail
+    backend, runtime = MemoryBackend(), Runtime(seed=3)
+    body = {"Name": "web", "Port": 80, "Checks": [tcp, {"TTL": "60s", "CheckID": "ttl"}], **SIDECAR}
+
+    async def run_once(*, checks_run: bool, passing: bool) -> list[Check]:
+        state = LocalState("node-1", runtime, data_dir=tmp_path)
+        await state.restore()
+        await state.add_service(
+            service_definition({"Name": "filed", "Check": {**tcp, "CheckID": "f"}}), source="config"
+        )
+        loop = Synchronizer(state, backend, runtime, node=lambda: NODE)
+        runner = CheckRunner(state, backend, runtime, node_name="node-1")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(loop.run)
+            if not state.service("web"):
+                await state.add_service(service_definition(body))
+            if passing:
+                for check in state.checks():
+                    state.update_check(check.check_id, status="passing", output="ok")
+            await trio.sleep(1)
+            if checks_run:
+                nursery.start_soon(runner.run)
+                await trio.sleep(30)
+            answer = await backend.read(ListNodeChecks("node-1"), ReadOptions())
+            nursery.cancel_scope.cancel()
+        return [check for check in answer.value if check.check_id != "ttl"]
+
+    assert {check.status for check in await run_once(checks_run=False, passing=True)} == {"passing"}
+    commands = len(backend.commands)
+    after = await run_once(checks_run=False, passing=False)
+    assert {(check.check_id, check.status) for check in after} == {
+        (check_id, "passing") for check_id in ("f", "tcp", "service:web-sidecar-proxy:1", "service:web-sidecar-proxy:2")
+    }
+    assert [command for command in backend.commands[commands:] if "tcp" in repr(command)] == []
+    last = {check.check_id: check.status for check in await run_once(checks_run=True, passing=False)}
+    assert last == dict.fromkeys(last, "critical")
+
+
 async def test_what_others_changed_is_put_right_by_the_next_full_sync(agent: Agent, autojump_clock: Clock) -> None:
     await agent.state.add_service(service_definition(WEB))
     await trio.testing.wait_all_tasks_blocked()
@@ -103,7 +147,17 @@ async def test_full_syncs_without_a_difference_write_nothing(agent: Agent, autoj
     reads = len(agent.backend.options)
     await trio.sleep(600)
     assert agent.backend.commands == []
-    assert 2 * 5 <= len(agent.backend.options) - reads <= 2 * 10
+    assert 2 * 5 <= len(agent.backend.options) - reads <= 2 * 11
+
+
+async def test_a_node_row_overwritten_at_the_start_is_put_right_within_seconds(
+    agent: Agent, autojump_clock: Clock
+) -> None:
+    await agent.backend.apply(Register(replace(NODE, meta={})))
+    await trio.sleep(11)
+    answer = await agent.backend.read(GetNodeServices("node-1"), ReadOptions())
+    assert answer.value is not None
+    assert answer.value.node.meta == NODE.meta
 
 
 async def test_a_failed_sync_is_retried_with_growing_pauses_and_then_catches_up(
