@@ -141,6 +141,8 @@ class Membership:
         if record is self.local:
             self._refute(suspect.incarnation, suspect.accuser)
             return
+        if not record.is_live:
+            self._tell_accuser(record, suspect, now)
         record.incarnation = suspect.incarnation
         if record.suspicion is not None:
             if record.suspicion.confirm(suspect.accuser):
@@ -309,6 +311,15 @@ class Membership:
         if dead.incarnation <= ACCUSED_INCARNATION_MAX and now - record.told_at >= _TELL_AGAIN_S:
             record.told_at = now
             self._observer.tell(record.endpoint, dead)
+
+    def _tell_accuser(self, record: NodeRecord, suspect: Suspect, now: float) -> None:
+        """Somebody asks after a node that is gone: it missed the news, and would report a leave as a failure."""
+        accuser = self.records.get(suspect.accuser)
+        if accuser is None or accuser is self.local or not accuser.is_live or now - record.told_at < _TELL_AGAIN_S:
+            return
+        record.told_at = now
+        teller = record.name if record.state == NodeState.LEFT else self.local.name
+        self._observer.tell(accuser.endpoint, Dead(suspect.incarnation, record.name, teller))
 
     def _conflict(self, record: NodeRecord, host: str, port: int, now: float) -> None:
         if now - record.told_at >= _TELL_AGAIN_S:

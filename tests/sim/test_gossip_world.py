@@ -21,10 +21,10 @@ def pool(count: int, *, seed: int, **options) -> GossipWorld:
     return world
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_thirty_nodes_that_join_one_seed_all_see_all(seed):
+@pytest.mark.parametrize(("count", "seed"), [(30, 1), (30, 2), (64, 0)])
+def test_nodes_that_join_one_seed_at_once_all_see_all(count, seed):
     world = GossipWorld(seed=seed)
-    world.start_pool(30)
+    world.start_pool(count)
     took = world.run_till(lambda: world.all_see(names(world), "alive", observers=names(world)), limit_s=15)
     assert took < 15
     assert world.deaths() == []
