@@ -5,6 +5,7 @@ import signal
 import ssl
 import sys
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -26,11 +27,12 @@ from agent.http.kv import KvApi
 from agent.http.request import Route
 from agent.http.server import HttpServer, TcpListen, UnixListen
 from agent.http.status import StatusApi
-from agent.join import join_at_start, retry_join, without_own
+from agent.join import KnownPeers, join_at_start, retry_join, without_own
+from agent.logs import LineWriter, logging_to_stdout
 from agent.membership import join_address
 from agent.process import locked_data_dir, notify_systemd, stop_signals
 from agent.runtime import Runtime
-from agent.telemetry import Metrics, logging_to_stdout
+from agent.telemetry import Metrics
 from agent.version import CONSUL_API_VERSION, VERSION
 from mesh.errors import ConfigError, MeshError
 
@@ -48,11 +50,12 @@ async def run_agent(config: AgentConfig, runtime: Runtime) -> int:
     0 after an orderly stop. 1 when it could not start (one line on standard error names the key, address or path) or
     when a part that must be right was not: its reason is logged and on standard error.
     """
-    with logging_to_stdout(config.log_level, as_json=config.log_json):
+    with logging_to_stdout(config.log_level, as_json=config.log_json) as output:
         try:
             prepare_data_dir(config)
             with locked_data_dir(config.data_dir):
-                return await Agent(config, runtime, node_id=node_id(config, runtime.new_uuid)).run()
+                agent = Agent(config, runtime, output, node_id=node_id(config, runtime.new_uuid))
+                return await agent.run()
         except* ConfigError as group:
             _say_why(_first(group))
         except* Exception as group:
@@ -77,14 +80,16 @@ def _first(error: BaseException) -> BaseException:
 class Agent:
     """One agent of either role."""
 
-    def __init__(self, config: AgentConfig, runtime: Runtime, *, node_id: str) -> None:
+    def __init__(self, config: AgentConfig, runtime: Runtime, output: LineWriter, *, node_id: str) -> None:
         self._config = config
         self._runtime = runtime
+        self._output = output
         self._node_id = node_id
         self.metrics = Metrics(runtime.unix_time_s)
         self._stop_asked = trio.Event()
         self._has_left = False
         self._cluster: ServerCluster | ClientCluster
+        self._peers: KnownPeers
 
     @property
     def _backend(self) -> Backend:
@@ -103,6 +108,8 @@ class Agent:
         """Starts every part, waits for the end, and stops them in the opposite order."""
         config = self._config
         self._cluster = await self._make_cluster()
+        self._peers = KnownPeers(self._cluster.gossip, config.data_dir, self._own_gossip_addresses())
+        self._cluster.subscribe(self._peers.handle_event)
         async with trio.open_nursery() as nursery:
             host = self._make_host()
             await host.load()
@@ -140,12 +147,16 @@ class Agent:
     # -- joining
 
     async def _join(self, nursery: trio.Nursery) -> None:
-        config, gossip = self._config, self._cluster.gossip
-        port = config.ports.serf_lan
-        own = ((config.advertise_address, port), (config.bind_address, port))
+        config, gossip, port = self._config, self._cluster.gossip, self._config.ports.serf_lan
+        own = self._own_gossip_addresses()
         await join_at_start(gossip, without_own(config.start_join, own, default_port=port))
-        addresses = without_own(config.retry_join, own, default_port=port)
-        nursery.start_soon(self._retry_join, addresses)
+        nursery.start_soon(self._retry_join, without_own(config.retry_join, own, default_port=port))
+        nursery.start_soon(partial(self._peers.rejoin, self._peers.load(), interval_s=config.retry_interval_s))
+        nursery.start_soon(self._peers.run)
+
+    def _own_gossip_addresses(self) -> tuple[tuple[str, int], ...]:
+        port = self._config.ports.serf_lan
+        return (self._config.advertise_address, port), (self._config.bind_address, port)
 
     async def _retry_join(self, addresses: Sequence[str]) -> None:
         config = self._config
@@ -161,6 +172,7 @@ class Agent:
             self._has_left = True
             _LOG.info("leaving the cluster")
             await self._cluster.leave()
+            self._peers.forget()
         self._stop_asked.set()
 
     async def _obey(self, signals: AsyncIterator[signal.Signals], scope: trio.CancelScope) -> None:
@@ -265,6 +277,6 @@ class Agent:
         }
         lines = ["==> Mesh agent running!", *(f"{name:>20}: {value}" for name, value in rows.items()), ""]
         lines += ["==> Log data will now stream in as it occurs:", ""]
-        print("\n".join(lines), flush=True)
+        self._output.write("\n".join(lines))
         if ports.dns not in (PORT_OFF, _CONSUL_DNS_PORT):
             _LOG.warning("ports.dns is %d, but this version does not answer DNS yet", ports.dns)

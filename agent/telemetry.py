@@ -1,18 +1,14 @@
-"""The agent's own metrics, under Consul's names, and how log lines look.
+"""The agent's own metrics, under Consul's names.
 
 `Metrics` is given to whoever counts. It shows itself as Consul's JSON (the last whole interval of 10 s) and as
 Prometheus text (totals since start).
 """
 
-import json
-import logging
 import math
 import re
-import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 INTERVAL_S = 10.0  # go-metrics' in-memory sink, which Consul's JSON form shows
 SAMPLES_KEPT = 1024  # per name, for quantiles
@@ -191,63 +187,3 @@ def _escaped(value: str) -> str:
 
 def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(value)
-
-
-# -- logs
-
-TRACE = 5
-_LEVELS = {
-    "TRACE": TRACE,
-    "DEBUG": logging.DEBUG,
-    "INFO": logging.INFO,
-    "WARN": logging.WARNING,
-    "ERROR": logging.ERROR,
-}
-_NAMES = {number: name for name, number in _LEVELS.items()}
-
-
-def _stamp(record: logging.LogRecord) -> str:
-    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-    return f"{whole}.{int(record.msecs):03d}Z"
-
-
-class TextFormatter(logging.Formatter):
-    """`2026-01-02T03:04:05.678Z [INFO]  part: message`, as Consul lines look."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        level = f"[{_NAMES.get(record.levelno, record.levelname)}]"
-        text = f"{_stamp(record)} {level:<7} {record.name.removeprefix('mesh.')}: {record.getMessage()}"
-        if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
-        return text
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line, with hclog's keys."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields = {
-            "@level": _NAMES.get(record.levelno, record.levelname).lower(),
-            "@message": record.getMessage(),
-            "@module": record.name.removeprefix("mesh."),
-            "@timestamp": _stamp(record),
-        }
-        if record.exc_info:
-            fields["error"] = self.formatException(record.exc_info)
-        return json.dumps(fields)
-
-
-@contextmanager
-def logging_to_stdout(level: str, *, as_json: bool) -> Iterator[None]:
-    """Has the agent's log go to standard output, where Consul's goes, while open: text or JSON, from `level` up."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
-    logger = logging.getLogger("mesh")
-    former_level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(_LEVELS[level])
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(former_level)

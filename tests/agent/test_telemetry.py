@@ -1,10 +1,8 @@
-"""Metrics in Consul's JSON and in Prometheus' text; log lines."""
+"""Metrics in Consul's JSON and in Prometheus' text."""
 
-import json
-import logging
 import math
 
-from agent.telemetry import JsonFormatter, Metrics, TextFormatter
+from agent.telemetry import Metrics
 
 
 class Clock:
@@ -68,19 +66,3 @@ def test_prometheus_text_counts_since_start_and_escapes_labels():
     assert '# TYPE consul_raft_apply_time summary\nconsul_raft_apply_time{quantile="0.5"} 2.5\n' in text
     assert "consul_raft_apply_time_sum 2.5\nconsul_raft_apply_time_count 1\n" in text
     assert "# TYPE consul_serf_member_count gauge\nconsul_serf_member_count 3\n" in text
-
-
-def record(level: int, text: str) -> logging.LogRecord:
-    made = logging.LogRecord("mesh.raft", level, "", 0, text, (), None)
-    made.created, made.msecs = 1_000_000.25, 250.0
-    return made
-
-
-def test_log_lines():
-    assert TextFormatter().format(record(logging.WARNING, "x")) == "1970-01-12T13:46:40.250Z [WARN]  raft: x"
-    assert json.loads(JsonFormatter().format(record(logging.INFO, 'say "x"\n'))) == {
-        "@level": "info",
-        "@message": 'say "x"\n',
-        "@module": "raft",
-        "@timestamp": "1970-01-12T13:46:40.250Z",
-    }
