@@ -41,7 +41,7 @@ async def test_joining_is_tried_until_somebody_answers(caplog):
 async def test_too_many_failed_attempts_end_it():
     async with world(expect=1) as cluster:
         lonely = (await cluster.start_client("c1")).cluster.gossip
-        with pytest.raises(ConfigError, match="retry_join: .* 2 attempts"):
+        with pytest.raises(ConfigError, match=r"retry_join: .* 2 attempts"):
             await retry_join(lonely, ("127.0.0.1:1",), interval_s=0.01, attempts_max=2)
 
 
