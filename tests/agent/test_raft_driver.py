@@ -13,10 +13,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from agent.raft_driver import LeadershipChanged, RaftDriver
+from agent.raft_driver import WAIT_S_MAX, LeadershipChanged, RaftDriver
 from agent.raft_store import MemoryRaftStore, RaftStore, SqliteRaftStore
 from mesh.errors import LimitExceeded, NotLeader, OutcomeUnknown, ProtocolError, Refused, StorageFailed
 from mesh.raft.config import RaftConfig
+from mesh.raft.messages import AppendResponse, decode_message
 
 CONFIG = RaftConfig.consul_default()
 
@@ -65,6 +66,7 @@ class Cluster:
         self.ended: dict[str, trio.Event] = {}
         self.failures: dict[str, BaseException] = {}
         self.cut_off: set[str] = set()
+        self.lost: type | None = None
         self.events: list[tuple[str, LeadershipChanged]] = []
 
     async def start(self, node_id: str) -> RaftDriver:
@@ -106,6 +108,8 @@ class Cluster:
     async def _deliver(self, sender_id: str, peer_id: str, message: bytes) -> None:
         await trio.sleep(0.001)
         if sender_id in self.cut_off or peer_id in self.cut_off:
+            return
+        if self.lost is not None and isinstance(decode_message(message), self.lost):
             return
         driver = self.drivers.get(peer_id)
         if driver is not None:
@@ -254,6 +258,21 @@ async def test_proposal_on_a_leader_without_quorum_ends_as_unknown(clock: MockCl
         await cluster.propose(b"by the others")
         cluster.cut_off.clear()
         await cluster.wait_until(lambda: cluster.histories[leader].data == [b"by the others"])
+        nursery.cancel_scope.cancel()
+
+
+async def test_wait_for_followers_that_answer_but_never_store_has_an_end(clock: MockClock) -> None:
+    async with trio.open_nursery() as nursery:
+        cluster = Cluster(nursery, lambda _: MemoryRaftStore())
+        await three(cluster)
+        leader = await cluster.leader()
+        cluster.lost = AppendResponse
+        started = trio.current_time()
+        with pytest.raises(OutcomeUnknown, match="do not keep up"):
+            await cluster.drivers[leader].propose(b"x")
+        assert WAIT_S_MAX <= trio.current_time() - started < WAIT_S_MAX + 1
+        cluster.lost = None
+        assert await cluster.propose(b"y") == 2, "the first was committed in the end"
         nursery.cancel_scope.cancel()
 
 

@@ -84,6 +84,17 @@ def test_merge_never_replaces_a_committed_entry() -> None:
     assert log.last_index == 3
 
 
+def test_committed_entries_are_given_out_in_turns_and_only_when_durable() -> None:
+    log = RaftLog(None, entries(1, [1] * 7))
+    log.append(Entry(8, 1, EntryKind.COMMAND, b""))
+    log.commit_to(8)
+    turns = [[entry.index for entry in log.take_committed(3)] for _ in range(4)]
+    assert turns == [[1, 2, 3], [4, 5, 6], [7], []]
+    log.begin_write()
+    log.end_write()
+    assert [entry.index for entry in log.take_committed(3)] == [8]
+
+
 @given(terms, st.integers(0, 10), st.integers(0, 5))
 def test_latest_match_is_the_last_place_where_logs_may_agree(ours: list[int], index: int, term: int) -> None:
     log = RaftLog(None, entries(1, ours))

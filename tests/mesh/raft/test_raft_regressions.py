@@ -401,6 +401,20 @@ def test_member_with_a_higher_term_and_a_shorter_log_does_not_freeze_the_group()
     assert len({world.node(name).term for name in world.hosts}) == 1
 
 
+def test_server_that_is_asking_around_itself_still_gives_its_vote() -> None:
+    world = World(28, "abc")
+    leader = world.wait_leader()
+    world.run(1.0)
+    voter, rival = others(world, leader)
+    world.isolate(leader, rival, voter)
+    world.crash(leader)
+    node = world.node(voter)
+    world.run_until(lambda: node.role is Role.PRE_CANDIDATE, 5.0, "the pre-candidate")
+    node.term, node.vote = node.term + 1, None  # as after the answer of a server of a later term
+    world.deliver(rival, voter, VoteRequest(node.term, node.log.last_index, node.log.last_term, False, False))
+    assert (node.vote, node.role) == (rival, Role.FOLLOWER)
+
+
 def test_huge_term_of_a_server_that_is_no_member_is_ignored() -> None:
     world = World(26, "abc")
     leader = world.wait_leader()
