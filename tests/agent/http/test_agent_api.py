@@ -5,6 +5,7 @@ import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import consul
 import httpx
 import pytest
 import trio
@@ -474,3 +475,40 @@ async def test_authorize_follows_intentions_and_trust_domain(agent: Agent) -> No
         answer = await ask(wrong)
         assert answer.status_code == 400
         assert text in answer.text
+
+
+# -- a real client
+
+
+@pytest.mark.interop
+async def test_py_consul_registers_beats_and_deregisters(agent: Agent) -> None:
+    url = agent.http.base_url
+
+    def use() -> None:
+        client = consul.Consul(host=url.host, port=url.port)
+        assert client.agent.self()["Config"]["NodeName"] == "node-1"
+        assert client.agent.members()[0]["Name"] == "node-1"
+        check = consul.Check.ttl("10s")
+        assert client.agent.service.register(
+            "app", service_id="app#127.0.0.1#3000", address="127.0.0.1", port=3000, tags=["a"], check=check,
+            enable_tag_override=True, meta={"k": "v"}, weights={"Passing": 2, "Warning": 1},
+        )  # fmt: skip
+        http = consul.Check.http("http://127.0.0.1:1/", "10s", timeout="1s", deregister="1h", header={"X": ["1"]})
+        assert client.agent.check.register("http", http, service_id="app#127.0.0.1#3000")
+        assert client.agent.check.register("tcp", consul.Check.tcp("127.0.0.1", 1, "10s"))
+        service = client.agent.services()["app#127.0.0.1#3000"]
+        assert (service["Port"], service["Meta"], service["Weights"]["Passing"]) == (3000, {"k": "v"}, 2)
+        beat = "service:app#127.0.0.1#3000"
+        assert client.agent.check.ttl_pass(beat, "fine")
+        assert client.agent.checks()[beat]["Status"] == "passing"
+        assert client.agent.check.ttl_warn(beat)
+        assert client.agent.checks()[beat]["Status"] == "warning"
+        assert client.agent.check.ttl_fail(beat)
+        assert client.agent.checks()[beat]["Status"] == "critical"
+        assert set(client.agent.checks()) == {beat, "http", "tcp"}
+        assert client.agent.check.deregister("tcp")
+        assert client.agent.service.deregister("app#127.0.0.1#3000")
+        assert client.agent.services() == {}
+        assert client.agent.checks() == {}
+
+    await trio.to_thread.run_sync(use)
