@@ -1,14 +1,17 @@
-"""Config entries as users write them -> as they are stored: CamelCase names, durations as Go texts, no unknown field.
+"""Config entries as users write them -> as they are stored: CamelCase names, one form of durations, no unknown field.
 
-Users write CamelCase or snake_case, durations as "10s" or as nanoseconds. The vocabulary is that of Consul's kinds;
-what a field means, and whether it is supported, is decided where it takes effect.
+Users write CamelCase or snake_case, durations as "10s" or as nanoseconds. Stored is what Consul's Go client can read
+back: texts for the timeouts of routers and resolvers, integer nanoseconds everywhere else. The vocabulary is that of
+Consul's kinds; what a field means, and whether it is supported, is decided where it takes effect.
 """
 
+import json
 from collections.abc import Mapping
 
 from agent.strict_json import Fields, MalformedJson, format_duration, parse_duration_s
 from mesh.errors import InvalidRequest
 from mesh.model.config_entry import ConfigEntry
+from mesh.state.validation import SINGLETON_NAMES
 
 _TRAFFIC = ("MeshGateway", "Mode", "TransparentProxy", "MutualTLSMode", "Expose", "EnvoyExtensions")
 
@@ -70,7 +73,11 @@ _NESTED = (
     "Service", "ServiceSubset", "Services", "Session", "Set", "Size", "SourceIP", "Sources", "Splits", "Subset",
     "Subsets", "Suffix", "TLS", "TTL", "TargetRefs", "Targets", "Terminal", "TextFormat", "TimeoutFilter", "Type",
     "URI", "URLRewrite", "UseFor", "Value", "ValuePrefix", "VerifyClaims", "Weight", "WriteRate", "Arguments",
-    "ConsulVersion", "EnvoyVersion", "InsertBeforeLocation", "InsecureDisablePathNormalization", "MergeSlashes",
+    "CaCertificateProviderInstance", "CertificateName", "DefaultForFailover", "DiscoveryType", "EnvironmentVariable",
+    "IncludeLocal", "InlineBytes", "InlineString", "InstanceName", "LastTransitionTime", "Members", "Message",
+    "ParsedFromCheck", "Reason", "Resource", "RetryPolicyBackOff", "TLSCertificates", "TLSMaxVersion",
+    "TLSMinVersion", "TrustedCA", "UseSNI", "ConsulVersion", "EnvoyVersion",
+    "InsertBeforeLocation", "InsecureDisablePathNormalization", "MergeSlashes",
     "PathWithEscapedSlashesAction", "HeadersWithUnderscoresAction", "CertResource", "ClusterName",
 )  # fmt: skip
 
@@ -80,6 +87,8 @@ _DURATIONS = frozenset(
     ("ConnectTimeout", "RequestTimeout", "IdleTimeout", "Interval", "BaseEjectionTime", "TTL", "CacheDuration",
      "BaseInterval", "MaxInterval")
 )  # fmt: skip
+_TEXT_DURATIONS = frozenset(("ConnectTimeout", "RequestTimeout", "IdleTimeout"))
+_TEXT_DURATION_KINDS = frozenset(("service-router", "service-resolver"))
 _STORE_FIELDS = ("Namespace", "Partition", "Hash", "CreateIndex", "ModifyIndex", "Locality")
 _ALL = {name.lower(): name for fields in (*KIND_FIELDS.values(), _NESTED) for name in fields}
 
@@ -98,10 +107,14 @@ def config_entry(body: object) -> ConfigEntry:
     for name in ("Namespace", "Partition"):
         if fields.text(name) not in ("", "default"):
             raise InvalidRequest(f"Invalid {name.lower()} {fields.text(name)!r}: there is only the default one")
+    canonical = _Canonical(text_durations=kind in _TEXT_DURATION_KINDS)
     entry_body = {
-        name: _canonical(name, fields.raw(name)) for name in own if name in fields and not _is_empty(fields.raw(name))
+        name: canonical.value(name, fields.raw(name))
+        for name in own
+        if name in fields and not _is_empty(fields.raw(name))
     }
-    return ConfigEntry(kind=kind, name=fields.text("Name"), body=entry_body, meta=fields.text_map("Meta"))
+    name = fields.text("Name") or SINGLETON_NAMES.get(kind, "")  # Go's client leaves the one name of some kinds out
+    return ConfigEntry(kind=kind, name=name, body=entry_body, meta=fields.text_map("Meta"))
 
 
 def canonical_fields(value: object) -> object:
@@ -109,7 +122,7 @@ def canonical_fields(value: object) -> object:
 
     Raises MalformedJson for an unknown field or a bad duration.
     """
-    return _canonical("", value)
+    return _Canonical(text_durations=False).value("", value)
 
 
 def _is_empty(value: object) -> bool:
@@ -117,24 +130,42 @@ def _is_empty(value: object) -> bool:
     return value in (None, "", 0, False) or value in ([], {})
 
 
-def _canonical(field: str, value: object) -> object:
-    if field in _OPAQUE:
-        return value
-    if field in _DURATIONS:
-        return value if value in ("", None) else format_duration(parse_duration_s(value))
-    if isinstance(value, list):
-        return [_canonical(field if field not in _FREE_NAMES else "", item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if field in _FREE_NAMES:
-        return {name: _canonical("", inner) for name, inner in value.items()}
-    result: dict[str, object] = {}
-    for key, inner in value.items():
-        name = _ALL.get(key.replace("_", "").lower())
-        if name is None:
-            raise MalformedJson(f'json: unknown field "{key}"')
-        if name in result:
-            raise MalformedJson(f"json: field {name} is given twice")
-        if inner is not None:
-            result[name] = _canonical(name, inner)
-    return result
+class _Canonical:
+    """Rewrites values below an entry's own fields."""
+
+    def __init__(self, *, text_durations: bool) -> None:
+        self._text_durations = text_durations
+
+    def value(self, field: str, value: object) -> object:
+        """The value of a field, as it is stored. Raises MalformedJson."""
+        if field in _OPAQUE:
+            return value
+        if field in _DURATIONS:
+            return self._duration(field, value)
+        if isinstance(value, list):
+            return [self.value(field, item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if field in _FREE_NAMES:
+            return {name: self.value("", inner) for name, inner in value.items()}
+        result: dict[str, object] = {}
+        for key, inner in value.items():
+            name = _ALL.get(key.replace("_", "").lower())
+            if name is None:
+                raise MalformedJson(f"json: unknown field {json.dumps(key)}")
+            if name in result:
+                raise MalformedJson(f"json: field {name} is given twice")
+            if inner is not None:
+                result[name] = self.value(name, inner)
+        return result
+
+    def _duration(self, field: str, value: object) -> object:
+        if value in ("", None):
+            return value
+        try:
+            duration_s = parse_duration_s(value)
+        except MalformedJson as error:
+            raise MalformedJson(f"{field}: {error}") from None
+        if self._text_durations and field in _TEXT_DURATIONS:
+            return format_duration(duration_s)
+        return round(duration_s * 1e9)

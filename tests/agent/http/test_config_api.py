@@ -56,6 +56,31 @@ async def test_snake_case_and_durations_are_stored_in_one_form(api):
     }
 
 
+async def test_durations_have_the_form_that_go_clients_decode(api):
+    """Texts for the timeouts of routers and resolvers, nanoseconds elsewhere, whichever was written."""
+    router = {"Routes": [{"Destination": {"request_timeout": 2_000_000_000, "IdleTimeout": "1m"}}]}
+    await api.put("/v1/config", {"Kind": "service-router", "Name": "web"} | router)
+    (route,) = (await api.get("/v1/config/service-router/web")).json()["Routes"]
+    assert route["Destination"] == {"RequestTimeout": "2s", "IdleTimeout": "1m0s"}
+    policy = {"Policy": "maglev", "HashPolicies": [{"Field": "cookie", "CookieConfig": {"ttl": "1m"}}]}
+    await api.put("/v1/config", {"Kind": "service-resolver", "Name": "web", "LoadBalancer": policy})
+    entry = (await api.get("/v1/config/service-resolver/web")).json()
+    assert entry["LoadBalancer"]["HashPolicies"][0]["CookieConfig"] == {"TTL": 60_000_000_000}
+    upstreams = {"Defaults": {"passive_health_check": {"interval": "5s", "BaseEjectionTime": 3_000_000_000}}}
+    await api.put("/v1/config", {"Kind": "service-defaults", "Name": "web", "UpstreamConfig": upstreams})
+    entry = (await api.get("/v1/config/service-defaults/web")).json()
+    assert entry["UpstreamConfig"]["Defaults"]["PassiveHealthCheck"] == {
+        "Interval": 5_000_000_000,
+        "BaseEjectionTime": 3_000_000_000,
+    }
+
+
+async def test_kinds_of_one_entry_need_no_name(api):
+    for kind, name in (("mesh", "mesh"), ("proxy-defaults", "global")):
+        assert (await api.put("/v1/config", {"Kind": kind})).text == "true"
+        assert (await api.get(f"/v1/config/{kind}/{name}")).json()["Name"] == name
+
+
 async def test_opaque_configuration_is_kept_as_it_is(api):
     config = {"protocol": "http", "Some_Thing": {"x_y": [1, None, "z"]}}
     assert (await api.put("/v1/config", {"Kind": "proxy-defaults", "Name": "global", "Config": config})).text == "true"
@@ -89,7 +114,7 @@ async def test_service_intentions_and_intentions_are_two_views_of_the_same_rules
         (
             b'{"Kind": "service-resolver", "Name": "w", "ConnectTimeout": "5 parsecs"}',
             400,
-            "Request decode failed: time: ",
+            "Request decode failed: ConnectTimeout: time: ",
         ),
         (b'{"Kind": "mesh", "Name": "mesh", "Namespace": "team"}', 400, "Invalid namespace"),
     ],
