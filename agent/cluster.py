@@ -208,7 +208,11 @@ class ServerCluster(Cluster):
             metrics=metrics,
             hold_s=config.performance.rpc_hold_timeout_s,
         )
-        self.rpc = RpcServer(self.backend.handle, receive_raft=self.raft.receive_message)
+        self.rpc = RpcServer(
+            self.backend.handle,
+            receive_raft=self.raft.receive_message,
+            connections_per_ip_max=config.limits.rpc_max_conns_per_client,
+        )
         self.rpc_port = int(listeners[0].socket.getsockname()[1])
         self._tags = server_tags(
             datacenter=config.datacenter,

@@ -128,11 +128,19 @@ async def open_connection(
 class RpcServer:
     """Answers the server port. A connection that misbehaves is closed, counted and logged; it never ends the server."""
 
-    def __init__(self, handler: Handler, *, receive_raft: RaftReceiver, context: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        receive_raft: RaftReceiver,
+        context: ssl.SSLContext | None = None,
+        connections_per_ip_max: int = CONNECTIONS_PER_IP_MAX,
+    ) -> None:
         """`handler` answers a call's body or raises a MeshError; `receive_raft(sender_id, message)` never waits."""
         self._handler = handler
         self._receive_raft = receive_raft
         self._context = context
+        self._connections_per_ip_max = connections_per_ip_max
         self._connections: Counter[str] = Counter()
         self.counters: Counter[str] = Counter()
 
@@ -154,7 +162,7 @@ class RpcServer:
     async def _serve_connection(self, stream: trio.SocketStream) -> None:
         # An exception here would end every other connection too: serve_listeners has one nursery for all of them.
         peer = _peer_host(stream)
-        if self._connections[peer] >= CONNECTIONS_PER_IP_MAX or self._connections.total() >= CONNECTIONS_MAX:
+        if self._connections[peer] >= self._connections_per_ip_max or self._connections.total() >= CONNECTIONS_MAX:
             self.counters["connections_refused"] += 1
             _LOG.warning("refused a connection from %s: it has %d open already", peer, self._connections[peer])
             await close_quietly(stream)

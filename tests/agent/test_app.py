@@ -15,6 +15,7 @@ from agent.config.values import Ports
 from agent.process import locked_data_dir, notify_systemd
 from agent.runtime import Runtime
 from mesh.errors import ConfigError
+from mesh.state.fsm import Fsm
 
 
 def config(**changes) -> AgentConfig:
@@ -78,6 +79,19 @@ async def test_an_address_nobody_answers_at_ends_a_start_that_must_join(capsys):
     line = await failed_start(capsys, config(start_join=(f"127.0.0.1:{port}",)))
     assert "start_join" in line
     assert f"127.0.0.1:{port}" in line
+
+
+async def test_a_false_assertion_in_the_state_stops_the_agent_with_its_reason(capfd, monkeypatch):
+    def broken(self, index, data):
+        raise AssertionError("the state is not what it was")
+
+    monkeypatch.setattr(Fsm, "apply", broken)
+    with trio.fail_after(10):
+        assert await run_agent(config(), Runtime()) == 1
+    captured = capfd.readouterr()
+    assert captured.err == "mesh agent: internal error: AssertionError: the state is not what it was\n"
+    assert "[CRITICAL] agent: the agent stops" in captured.out
+    assert "Traceback" in captured.out
 
 
 async def test_the_lock_is_free_again_after_its_holder(tmp_path):

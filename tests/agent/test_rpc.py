@@ -69,9 +69,9 @@ async def listen() -> tuple[list[trio.SocketListener], Address]:
 
 
 @asynccontextmanager
-async def running():
+async def running(**limits: int):
     service = Service()
-    server = RpcServer(service.handle, receive_raft=service.receive_raft)
+    server = RpcServer(service.handle, receive_raft=service.receive_raft, **limits)
     listeners, address = await listen()
     pool = RpcPool(random.Random(1))
     async with trio.open_nursery() as nursery:
@@ -323,9 +323,8 @@ async def test_a_client_that_reads_nothing_is_closed_and_its_answers_freed(autoj
         await stream.aclose()
 
 
-async def test_connections_from_one_address_are_capped(monkeypatch):
-    monkeypatch.setattr(rpc, "CONNECTIONS_PER_IP_MAX", 3)
-    async with running() as (_, server, pool, address):
+async def test_connections_from_one_address_are_capped():
+    async with running(connections_per_ip_max=3) as (_, server, pool, address):
         streams = [await trio.open_tcp_stream(*address) for _ in range(3)]
         await until(lambda: server.connection_count == 3)
         with pytest.raises(Unreachable):
