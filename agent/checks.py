@@ -64,6 +64,7 @@ class CheckRunner:
         self._node_name = node_name
         self._rng = runtime.random_source("checks")
         self._jobs: dict[str, _Job] = {}
+        self._followed_version = -1  # of the local state's definitions
         self._critical_since: dict[str, float] = {}
         self._changed = trio.Event()
         self._limiter = trio.CapacityLimiter(RUNS_MAX)
@@ -72,6 +73,7 @@ class CheckRunner:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
         """Runs checks until cancelled."""
         unsubscribe = self._state.subscribe(self._wake)
+        self._followed_version = -1
         self._jobs.clear()  # should an earlier run have ended by an error
         try:
             async with trio.open_nursery() as nursery:
@@ -117,6 +119,9 @@ class CheckRunner:
 
     def _follow_definitions(self, nursery: trio.Nursery) -> None:
         """Starts what is new, restarts what is defined otherwise, stops what is gone."""
+        if self._followed_version == self._state.definitions_version:
+            return
+        self._followed_version = self._state.definitions_version
         wanted: dict[str, CheckDefinition] = {}
         for check in self._state.checks():
             definition = self._state.definition(check.check_id)
@@ -144,9 +149,11 @@ class CheckRunner:
         next_at = math.inf
         alive: set[str] = set()
         for check in self._state.checks():
+            if check.status != "critical":
+                continue
             definition = self._state.definition(check.check_id)
             after_s = definition.deregister_critical_service_after_s if definition else 0.0
-            if not after_s or not check.service_id or check.status != "critical":
+            if not after_s or not check.service_id:
                 continue
             alive.add(check.check_id)
             due = self._critical_since.setdefault(check.check_id, now) + after_s

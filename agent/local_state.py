@@ -100,6 +100,9 @@ class LocalState:
         # Checks that were there before this process and have not run in it yet: what the catalog says of them is a
         # better guess than critical, which would take every service of a restarting agent out of service.
         self._unproven: set[str] = set()
+        self._services_view: tuple[Service, ...] | None = None  # made once per change
+        self._checks_view: tuple[Check, ...] | None = None
+        self.definitions_version = 0  # grows when checks are added, removed or defined otherwise
         self._subscribers: dict[object, Callable[[], None]] = {}
         self._lock = trio.Lock()
 
@@ -107,11 +110,15 @@ class LocalState:
 
     def services(self) -> tuple[Service, ...]:
         """By ID ascending."""
-        return tuple(self._services[key].stored.service for key in sorted(self._services))
+        if self._services_view is None:
+            self._services_view = tuple(self._services[key].stored.service for key in sorted(self._services))
+        return self._services_view
 
     def checks(self) -> tuple[Check, ...]:
         """By ID ascending."""
-        return tuple(self._checks[key].row for key in sorted(self._checks))
+        if self._checks_view is None:
+            self._checks_view = tuple(self._checks[key].row for key in sorted(self._checks))
+        return self._checks_view
 
     def service(self, service_id: str) -> Service | None:
         entry = self._services.get(fold(service_id))
@@ -149,7 +156,11 @@ class LocalState:
 
         return unsubscribe
 
-    def _notify(self) -> None:
+    def _notify(self, *, redefined: bool = False) -> None:
+        self._checks_view = None
+        if redefined:
+            self._services_view = None
+            self.definitions_version += 1
         for callback in tuple(self._subscribers.values()):
             callback()
 
@@ -177,7 +188,7 @@ class LocalState:
             self._checks |= checks
             if source == "config":
                 self._note_unproven(new)
-        self._notify()
+        self._notify(redefined=True)
 
     def _merged(
         self, definition: ServiceDefinition, source: Source, *, replace_checks: bool
@@ -258,7 +269,7 @@ class LocalState:
                 del self._services[each]
             for check_key in checks:
                 self._drop_check(check_key)
-        self._notify()
+        self._notify(redefined=True)
 
     # -- checks
 
@@ -289,7 +300,7 @@ class LocalState:
             self._checks[key] = entry
             if is_new and source == "config":
                 self._note_unproven([key])
-        self._notify()
+        self._notify(redefined=True)
 
     async def remove_check(self, check_id: str) -> None:
         """Forgets a check. Raises NotFound, StorageFailed."""
@@ -308,7 +319,7 @@ class LocalState:
             if owner is not None:
                 self._services[fold(owner.stored.service.service_id)] = owner
             self._drop_check(key)
-        self._notify()
+        self._notify(redefined=True)
 
     def update_check(self, check_id: str, *, status: CheckStatus, output: str) -> None:
         """Notes a result; output beyond the check's limit is cut. A check that is gone by now is left alone."""
@@ -432,7 +443,7 @@ class LocalState:
             self._checks[fold(definition.check_id)] = entry
         self._restore_results(results)
         self._note_unproven(self._checks)
-        self._notify()
+        self._notify(redefined=True)
 
     def _restore_results(self, results: Iterable[_StoredResult]) -> None:
         now_s = self._runtime.unix_time_s()

@@ -7,8 +7,8 @@ gives up: while servers are away the local state stays right and the catalog fol
 
 import logging
 import math
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NoReturn, TypeVar
 
 import trio
 
@@ -75,7 +75,9 @@ class Synchronizer:
     @property
     def in_sync(self) -> bool:
         """Whether the catalog is known to say what the local state says, deferred outputs aside."""
-        return self._known is not None and not self._plan(self._known)
+        if self._known is None:
+            return False
+        return not self._plan(self._known, self._state.services(), self._state.checks())
 
     def server_appeared(self) -> None:
         """Has a full sync run soon, spread over a few seconds: a new server may not know this node yet."""
@@ -146,12 +148,14 @@ class Synchronizer:
             self._state.adopt_results(known.checks.values())
         known = self._known
         self._defer(known)
-        for command in self._plan(known):
+        services, checks = self._state.services(), self._state.checks()
+        for command in self._plan(known, services, checks):
             result = await self._backend.apply(command)
             if isinstance(result, Rejected):
                 # Taken as done until the next full sync: asking again at once would be refused again.
                 _log.error("the catalog refused a registration of this agent: %s", result.reason)
             known.take(command)
+        known.settle(services, checks, deferred=self._deferred_until)
 
     async def _read(self) -> "_Known":
         node = self._node()
@@ -160,12 +164,16 @@ class Synchronizer:
         checks = await self._backend.read(ListNodeChecks(node.node), options)
         return _Known(services.value, checks.value)
 
-    def _plan(self, known: "_Known") -> tuple[Command, ...]:
+    def _plan(self, known: "_Known", services: Sequence[Service], checks: Sequence[Check]) -> tuple[Command, ...]:
+        """What is to be written. Rows that are the very objects known to be in the catalog are not compared again."""
+        old_services, old_checks = dict(known.services), dict(known.checks)
+        new_services = [one for one in services if not _drop_same(old_services, fold(one.service_id), one)]
+        new_checks = [one for one in checks if not _drop_same(old_checks, fold(one.check_id), one)]
         return plan(
-            self._state.services(),
-            self._state.checks(),
-            known.services.values(),
-            known.checks.values(),
+            new_services,
+            new_checks,
+            old_services.values(),
+            old_checks.values(),
             self._node(),
             catalog_node=known.node,
             deferred_checks=self._deferred_until,
@@ -179,7 +187,12 @@ class Synchronizer:
         if interval_s > 0:
             for check in self._state.checks():
                 held = known.checks.get(fold(check.check_id))
-                if held is None or held.output == check.output or not same_check(check, held, ignore_output=True):
+                if (
+                    held is check
+                    or held is None
+                    or held.output == check.output
+                    or not same_check(check, held, ignore_output=True)
+                ):
                     continue
                 until = self._deferred_until.get(check.check_id)
                 if until is None:
@@ -187,6 +200,17 @@ class Synchronizer:
                 if now < until:
                     deferred[check.check_id] = until
         self._deferred_until = deferred
+
+
+RowT = TypeVar("RowT")
+
+
+def _drop_same(known: dict[str, RowT], key: str, row: RowT) -> bool:
+    """Whether the known row is this very object; then it is dropped from what there is to compare."""
+    if known.get(key) is not row:
+        return False
+    del known[key]
+    return True
 
 
 class _Known:
@@ -197,6 +221,18 @@ class _Known:
         rows: tuple[Service, ...] = services.services if services is not None else ()
         self.services = {fold(service.service_id): service for service in rows}
         self.checks = {fold(check.check_id): check for check in checks}
+
+    def settle(self, services: Iterable[Service], checks: Iterable[Check], *, deferred: Collection[str]) -> None:
+        """Notes that the catalog now says what these local rows say, so that the next look can be at identity alone.
+
+        Not for rows that it may hold otherwise: overridden tags, deferred outputs.
+        """
+        for service in services:
+            if not service.enable_tag_override:
+                self.services[fold(service.service_id)] = service
+        for check in checks:
+            if check.check_id not in deferred:
+                self.checks[fold(check.check_id)] = check
 
     def take(self, command: Command) -> None:
         """Notes what the command has done."""
