@@ -294,7 +294,7 @@ class HttpConnection:
             if match is None:
                 return text_response(NOT_FOUND_TEXT, status=404)
             params = Params(query, wait_s_default=settings.wait_s_default, wait_s_max=settings.wait_s_max)
-            params.refuse_enterprise()
+            params.refuse_enterprise(headers)
         except InvalidRequest as error:
             return error_response(error)
         if method == "OPTIONS":

@@ -1,5 +1,6 @@
 """The query string: read once, in the spellings that Consul's clients use."""
 
+from collections.abc import Mapping
 from urllib.parse import parse_qsl
 
 from agent.strict_json import MalformedJson, parse_duration_ns
@@ -86,11 +87,19 @@ class Params:
         """The datacenter asked for (`datacenter` wins over `dc`), empty for the agent's own."""
         return self.get("datacenter") or self.get("dc")
 
-    def refuse_enterprise(self) -> None:
-        """Raises InvalidRequest for namespaces and admin partitions, which this edition of the API does not have."""
-        for name, noun in (("ns", "Namespaces"), ("partition", "Partitions")):
+    def refuse_enterprise(self, headers: Mapping[str, str]) -> None:
+        """Raises InvalidRequest for namespaces and admin partitions, which this edition of the API does not have.
+
+        `headers`: the request's, where a client may name them too.
+        """
+        for name, header, noun in (
+            ("ns", "X-Consul-Namespace", "Namespaces"),
+            ("partition", "X-Consul-Partition", "Partitions"),
+        ):
             if self.get(name):
                 raise InvalidRequest(f'Invalid query parameter: "{name}" - {noun} are a Consul Enterprise feature')
+            if headers.get(header.lower()):
+                raise InvalidRequest(f'Invalid header: "{header}" - {noun} are a Consul Enterprise feature')
 
     def wait_s(self) -> float:
         """How long a blocking read may wait: `wait`, by default 300 s, at most 600 s. Raises InvalidRequest."""

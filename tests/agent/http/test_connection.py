@@ -349,6 +349,7 @@ async def test_small_body_of_a_refused_request_keeps_the_connection(autojump_clo
         (["GET /v1/catalog/%2e%2e/status/leader HTTP/1.1"], 404, "Invalid URL path"),
         (["POST /v1/kv/k HTTP/1.1", "Content-Length: 0"], 405, "method POST not allowed"),
         (["PATCH /v1/kv/k HTTP/1.1", "Content-Length: 0"], 405, "method PATCH not allowed"),
+        (["GET /v1/kv/k HTTP/1.1", "X-Consul-Namespace: team"], 400, 'Invalid header: "X-Consul-Namespace"'),
         (["CONNECT a:1 HTTP/1.1"], 405, ""),
         (["GET /v1/kv/k HTTP/2.0"], 505, ""),
         (["GET /v1/kv/k HTTP/1.1", "Content-Length: x"], 400, ""),
