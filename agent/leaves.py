@@ -113,6 +113,11 @@ class LeafManager:
             return None
         return entry.leaf if self._runtime.unix_time_s() <= entry.leaf.issued.valid_before_s else None
 
+    def refusal(self, service: str) -> MeshError | None:
+        """Why the service has no leaf and will hardly get one; None while it has one or one may still come."""
+        entry = self._entries.get(service)
+        return entry.refusal if entry is not None else None
+
     async def leaf(self, service: str, *, timeout_s: float = FIRST_LEAF_TIMEOUT_S) -> Leaf:
         """The service's leaf, the first one being made now; never an expired one.
 
