@@ -10,12 +10,13 @@ from agent.dataplane.reactor import Reactor
 from agent.dataplane.target import PlainTransport, Target
 from agent.dataplane.tcp import TcpAccepted
 from agent.dataplane.tracing import Tracer
+from mesh.authz import L4Policy
 from mesh.errors import InvalidIdentity
 from mesh.proxy.sidecar_config import EndpointConfig, InboundListener, L4Rule, LimitsConfig
 
 _LOG = logging.getLogger("mesh.dataplane")
 
-DECISIONS_MAX = 4096  # verdicts remembered per listener: one per caller's service
+REFUSALS_LOGGED_MAX = 100  # different reasons per listener
 
 _UNLIMITED = LimitsConfig(connections_max=2**31, pending_requests_max=2**31, requests_max=2**31)
 
@@ -24,35 +25,20 @@ class Authorizer:
     """The L4 rules of one listener, as they stand now."""
 
     def __init__(self) -> None:
-        self._rules: tuple[L4Rule, ...] = ()
-        self._default_allow = False
-        self._verdicts: dict[str, bool] = {}
+        self._key: tuple[tuple[L4Rule, ...], bool] = ((), False)
+        self._policy = L4Policy((), default_allow=False)
 
     def update(self, rules: tuple[L4Rule, ...], *, default_allow: bool) -> bool:
         """Takes new rules; whether they differ from those before."""
-        if (rules, default_allow) == (self._rules, self._default_allow):
+        if (rules, default_allow) == self._key:
             return False
-        self._rules, self._default_allow = rules, default_allow
-        self._verdicts = {}
+        self._key = (rules, default_allow)
+        self._policy = L4Policy(rules, default_allow=default_allow)
         return True
 
     def allows(self, source: str) -> bool:
         """Whether a service may come in."""
-        verdict = self._verdicts.get(source)
-        if verdict is None:
-            verdict = authorize_l4(self._rules, source, default_allow=self._default_allow)
-            if len(self._verdicts) >= DECISIONS_MAX:
-                self._verdicts.clear()
-            self._verdicts[source] = verdict
-        return verdict
-
-
-def authorize_l4(rules: tuple[L4Rule, ...], source: str, *, default_allow: bool) -> bool:
-    """The first rule that names the source or `*` decides (highest precedence is first); without one, the default."""
-    for rule in rules:
-        if rule.source in (source, "*"):
-            return rule.action == "allow"
-    return default_allow
+        return self._policy.allows(source)
 
 
 class _Gate:
@@ -79,7 +65,7 @@ class _Gate:
 
     def _refuse(self, peer: str, reason: str) -> None:
         self._metrics.tls_errors += 1
-        if reason not in self._refused_logged and len(self._refused_logged) < 100:
+        if reason not in self._refused_logged and len(self._refused_logged) < REFUSALS_LOGGED_MAX:
             self._refused_logged.add(reason)
             _LOG.warning("a client at %s was refused: %s", peer, reason)
 

@@ -1,5 +1,6 @@
 """Where requests go: the endpoints of one target, their connections, and the way from an exchange to a channel."""
 
+import logging
 import random
 import socket
 import ssl
@@ -13,11 +14,13 @@ from mesh.errors import InvalidIdentity
 from mesh.http.h1 import END, ClientConnection, Rejected, ResponseEvent
 from mesh.http.head import ResponseHead
 from mesh.proxy.balancer import Balancer
-from mesh.proxy.exchange import NO_HEALTHY_UPSTREAM, OVERFLOW, Channel, Exchange, connect_failed
+from mesh.proxy.exchange import CONNECT_FAILED, NO_HEALTHY_UPSTREAM, OVERFLOW, Channel, Exchange
 from mesh.proxy.pool import IDLE_TIMEOUT_S, ConnectionPool
 from mesh.proxy.relay import Relay
 from mesh.proxy.retry import may_retry
 from mesh.proxy.sidecar_config import EndpointConfig, LimitsConfig
+
+_LOG = logging.getLogger("mesh.dataplane")
 
 
 class Transport(Protocol):
@@ -77,6 +80,7 @@ class Dialed(Connection):
 
     def _establish(self) -> None:
         self.established = True
+        self.endpoint.connect_succeeded()
         self.deadline = float("inf")
         self.ready_to_use()
 
@@ -89,13 +93,13 @@ class Dialed(Connection):
         if self.established:
             self.broken(reason)
         else:
-            self.endpoint.target.metrics.connect_failures += 1
-            self.failed(reason)
+            self.endpoint.connect_failed(reason)
+            self.failed()
 
     def ready_to_use(self) -> None:
         """Connected and verified."""
 
-    def failed(self, reason: str) -> None:
+    def failed(self) -> None:
         """It could not be connected or verified."""
 
     def broken(self, reason: str) -> None:
@@ -153,10 +157,10 @@ class HttpDialed(Dialed):
         """Dialed callback."""
         self.endpoint.channel_established(self)
 
-    def failed(self, reason: str) -> None:
+    def failed(self) -> None:
         """Dialed callback."""
         exchange, self.exchange = self.exchange, None
-        self.endpoint.channel_failed(exchange, reason)
+        self.endpoint.channel_failed(exchange)
 
     def data_received(self, data: bytes) -> None:
         """Connection callback."""
@@ -239,7 +243,7 @@ class HttpDialed(Dialed):
 class Endpoint:
     """One address of a target, its connections, and how busy it is."""
 
-    __slots__ = ("active", "address", "host", "id", "pool", "port", "removed", "target", "weight")
+    __slots__ = ("_failing", "active", "address", "host", "id", "pool", "port", "removed", "target", "weight")
 
     def __init__(self, target: "Target", config: EndpointConfig) -> None:
         self.target = target
@@ -250,6 +254,7 @@ class Endpoint:
         self.weight = config.weight
         self.active = 0  # requests or relays
         self.removed = False
+        self._failing = False
         self.pool: ConnectionPool[HttpDialed, Exchange] = ConnectionPool(
             connections_max=target.limits.connections_max, pending_max=target.limits.pending_requests_max
         )
@@ -290,13 +295,23 @@ class Endpoint:
             sock = dial_socket(self.address)
         except OSError as error:  # no descriptor left
             self.pool.opened -= 1
-            reason = error.strerror or str(error)
-            target.metrics.connect_failures += 1
-            target.reactor.call_soon(lambda: self.channel_failed(exchange, reason))
+            self.connect_failed(error.strerror or str(error))
+            target.reactor.call_soon(lambda: self.channel_failed(exchange))
             return
         target.metrics.connections += 1
         target.metrics.connections_active += 1
         HttpDialed(target.reactor, sock, self, exchange).begin()
+
+    def connect_failed(self, reason: str) -> None:
+        """Counts, and logs the first of a series: the caller is told no more than Envoy tells."""
+        self.target.metrics.connect_failures += 1
+        if not self._failing:
+            self._failing = True
+            _LOG.warning("%s cannot be reached at %s: %s", self.target.name, self.host, reason)
+
+    def connect_succeeded(self) -> None:
+        """The next failure is news again."""
+        self._failing = False
 
     def channel_established(self, channel: HttpDialed) -> None:
         """A connection is up; whoever it was opened for may have left meanwhile."""
@@ -306,13 +321,13 @@ class Endpoint:
         else:
             self.channel_free(channel, reusable=True)
 
-    def channel_failed(self, exchange: Exchange | None, reason: str) -> None:
+    def channel_failed(self, exchange: Exchange | None) -> None:
         """A connection attempt is over; its exchange tries elsewhere or fails."""
         if exchange is not None and exchange.endpoint is self and not exchange.done:
             self.vacate(exchange)
             exchange.attempts += 1
             exchange.tried += (self,)
-            self.target.retry_connect(exchange, reason)
+            self.target.retry_connect(exchange)
         self._serve_waiting()
 
     def _serve_waiting(self) -> None:
@@ -363,6 +378,7 @@ class Target:
     """The endpoints behind one listener. `update` swaps them; what is in flight keeps what it has."""
 
     def __init__(self, reactor: Reactor, rng: random.Random, metrics: TargetMetrics) -> None:
+        self.name = metrics.labels["envoy_cluster_name"]
         self.reactor = reactor
         self.metrics = metrics
         self.transport: Transport
@@ -430,7 +446,7 @@ class Target:
         """One fewer."""
         self._active -= 1
 
-    def retry_connect(self, exchange: Exchange, reason: str) -> None:
+    def retry_connect(self, exchange: Exchange) -> None:
         """Another endpoint, or the caller hears of the failure."""
         another = may_retry(
             "connect",
@@ -444,7 +460,7 @@ class Target:
             self.metrics.retries += 1
             self.acquire(exchange)
         else:
-            exchange.fail(connect_failed(reason))
+            exchange.fail(CONNECT_FAILED)
 
     def release(self, exchange: Exchange, channel: Channel, *, reusable: bool) -> None:
         """The exchange no longer uses the channel."""

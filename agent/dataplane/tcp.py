@@ -44,7 +44,7 @@ class TcpAccepted(Connection):
     def start(self) -> None:
         """Looks for an endpoint."""
         self.pause_reading()
-        self._dial("no healthy upstream")
+        self._dial()
 
     def opened(self) -> None:
         """Connection callback."""
@@ -53,7 +53,7 @@ class TcpAccepted(Connection):
         else:
             self.close()
 
-    def _dial(self, reason: str) -> None:
+    def _dial(self) -> None:
         target = self._target
         endpoint = target.balancer.choose(self._tried) if self._attempts < CONNECT_ATTEMPTS_MAX else None
         if endpoint is not None and endpoint.active >= target.limits.connections_max:
@@ -82,12 +82,12 @@ class TcpAccepted(Connection):
         self.set_deadline(self.reactor.now + IDLE_TIMEOUT_S)
         self.resume_reading()
 
-    def far_failed(self, reason: str) -> None:
+    def far_failed(self) -> None:
         """The far side could not be connected."""
         self._far = None
         if not self.closed:
             self._target.metrics.retries += 1
-            self._dial(reason)
+            self._dial()
 
     def data_received(self, data: bytes) -> None:
         """Connection callback."""
@@ -142,9 +142,9 @@ class TcpDialed(Dialed):
         """Dialed callback."""
         self._near.far_ready(self)
 
-    def failed(self, reason: str) -> None:
+    def failed(self) -> None:
         """Dialed callback."""
-        self._near.far_failed(reason)
+        self._near.far_failed()
 
     def broken(self, reason: str) -> None:
         """Dialed callback."""

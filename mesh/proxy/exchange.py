@@ -34,13 +34,8 @@ OVERFLOW = Reply(503, f"{CONNECT_ERROR}overflow".encode(), "UO", ((b"x-envoy-ove
 DENIED = Reply(403, b"RBAC: access denied", "")
 TERMINATED = Reply(503, f"{CONNECT_ERROR}connection termination".encode(), "UC")
 UPSTREAM_PROTOCOL_ERROR = Reply(502, f"{CONNECT_ERROR}protocol error".encode(), "UPE")
+CONNECT_FAILED = Reply(503, f"{CONNECT_ERROR}remote connection failure".encode(), "UF")
 TIMED_OUT = Reply(504, b"upstream request timeout", "UT")
-
-
-def connect_failed(reason: str) -> Reply:
-    """The answer when no endpoint could be connected to; `reason` is the last attempt's."""
-    text = f"{CONNECT_ERROR}remote connection failure, transport failure reason: delayed connect error: {reason}"
-    return Reply(503, text.encode("utf-8", "replace"), "UF")
 
 
 class Caller(Pipe, Protocol):
