@@ -45,6 +45,9 @@ logger = logging.getLogger("mesh.gossip")
 # Streams open at once, in each direction: memberlist's own cap on concurrent push-pulls.
 INBOUND_STREAMS_MAX = 128
 OUTBOUND_STREAMS_MAX = 32
+# What all unfinished stream messages together may hold: room for three states of the largest size that one may have,
+# so that a crowd of senders which never finish cannot fill the memory.
+STREAM_BUFFER_BYTES_MAX = 64 * 1024 * 1024
 # Packets read before other tasks get a turn.
 _DATAGRAM_BATCH = 64
 # The kernel holds what arrives while the loop is busy.
@@ -63,8 +66,8 @@ class GossipDriver:
     """One agent's place in one gossip pool.
 
     `bind` and `advertise` are IP addresses with a port; port 0 takes a free one (then `advertise`'s port follows it).
-    `on_event` is called for each change, in order, from inside the driver's tasks and must not wait. `keys` are AES
-    keys of 16, 24 or 32 bytes, the first encrypts; without any the pool is in plain text.
+    `on_event` is called for each change, in order, from inside the driver's tasks; it must not wait or raise. `keys`
+    are AES keys of 16, 24 or 32 bytes, the first encrypts; without any the pool is in plain text.
     Raises ConfigError for keys or addresses that are none, LimitExceeded for tags above 512 encoded bytes.
     """
 
@@ -101,6 +104,7 @@ class GossipDriver:
         self._told: dict[int, trio.Event] = {}
         self._inbound = 0
         self._outbound = 0
+        self._buffered_bytes = 0
         self._parse_limiter = trio.CapacityLimiter(1)
         self._logged_at: dict[str, float] = {}
         self._suppressed: dict[str, int] = {}
@@ -464,16 +468,26 @@ class GossipDriver:
     async def _read_message(self, stream: trio.SocketStream) -> StreamMessage:
         """One whole message. Raises WireError, or Unreachable when the stream ends before it."""
         decoder = self._node.stream_decoder()
-        while True:
-            data = await stream.receive_some(_READ_BYTES)
-            if not data:
-                raise Unreachable("the peer closed the connection before its message was whole")
-            if decoder.received_bytes + len(data) > _INLINE_PARSE_BYTES:
-                message = await trio.to_thread.run_sync(decoder.feed, bytes(data), limiter=self._parse_limiter)
-            else:
-                message = decoder.feed(bytes(data))
-            if message is not None:
-                return message
+        held = 0
+        try:
+            while True:
+                data = await stream.receive_some(_READ_BYTES)
+                if not data:
+                    raise Unreachable("the peer closed the connection before its message was whole")
+                held += len(data)
+                self._buffered_bytes += len(data)
+                if self._buffered_bytes > STREAM_BUFFER_BYTES_MAX:
+                    raise WireError(
+                        "stream-memory", "too much unfinished gossip state is held already; try again later"
+                    )
+                if decoder.received_bytes + len(data) > _INLINE_PARSE_BYTES:
+                    message = await trio.to_thread.run_sync(decoder.feed, bytes(data), limiter=self._parse_limiter)
+                else:
+                    message = decoder.feed(bytes(data))
+                if message is not None:
+                    return message
+        finally:
+            self._buffered_bytes -= held
 
     async def _resolve(self, address: str) -> list[tuple[str, int]]:
         """The endpoints that `host`, `host:port` or `[v6]:port` names. Raises Unreachable."""
