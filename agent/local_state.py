@@ -428,8 +428,9 @@ class LocalState:
             return
         services, checks, results = await trio.to_thread.run_sync(_read_all, self._data_dir)
         for stored in services:
-            key = fold(stored.service.service_id)
-            self._services[key] = _ServiceEntry(stored, "api")
+            service_id = stored.service.service_id
+            stored = replace(stored, checks=tuple(replace(check, service_id=service_id) for check in stored.checks))
+            self._services[fold(service_id)] = _ServiceEntry(stored, "api")
             for check in stored.checks:
                 entry = self._check_entry(check, stored.service, "api", with_service=True)
                 self._checks[fold(check.check_id)] = entry
@@ -521,7 +522,7 @@ def _read_folder(folder: Path, decoder: "msgspec.json.Decoder[StoredT]") -> list
                 data = file.read(FILE_BYTES_MAX)
             try:
                 values.append(decoder.decode(data))
-            except (msgspec.DecodeError, RecursionError) as error:
+            except (msgspec.DecodeError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
                 _log.error("%s: cannot be understood and was not restored: %s", path, error)
     except OSError as error:
         raise StorageFailed(f"{folder}: cannot read what was registered before: {error.strerror}") from error

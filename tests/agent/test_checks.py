@@ -1,3 +1,5 @@
+import datetime
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -5,6 +7,10 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from agent.checks import FIRST_RUN_S_MAX, CheckRunner, HttpChecker, run_check, run_tcp
 from agent.definitions import check_definition, service_definition
@@ -153,6 +159,61 @@ async def test_only_the_first_bytes_of_a_body_are_shown() -> None:
 async def test_a_server_that_talks_nonsense_is_critical(garbage: bytes) -> None:
     async with listening(lambda head: garbage) as address:
         assert (await run_http(http_check(f"http://{address}/")))[0] == "critical"
+
+
+def self_signed(name: str, folder: Path) -> ssl.SSLContext:
+    """A server's TLS context with a certificate that no system trusts."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = folder / "server.pem"
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    pem.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    return context
+
+
+async def test_an_untrusted_certificate_is_critical_unless_verification_is_skipped(tmp_path: Path) -> None:
+    context = self_signed("app.internal", tmp_path)
+    names: list[str | None] = []
+    context.sni_callback = lambda connection, name, old: names.append(name)
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    host, port = listeners[0].socket.getsockname()
+    url = f"https://{host}:{port}/"
+
+    async def serve(stream: trio.SocketStream) -> None:
+        tls = trio.SSLStream(stream, context, server_side=True)
+        try:
+            await tls.do_handshake()
+            await tls.receive_some()
+            await tls.send_all(answer_with("200 OK")(b""))
+        except trio.BrokenResourceError:
+            return
+        finally:
+            await trio.aclose_forcefully(tls)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(trio.serve_listeners, serve, listeners)
+        status, output = await run_http(http_check(url))
+        assert status == "critical"
+        assert "certificate" in output.lower()
+        assert (await run_http(http_check(url, TLSSkipVerify=True, TLSServerName="app.internal")))[0] == "passing"
+        nursery.cancel_scope.cancel()
+    assert names[-1] == "app.internal"
 
 
 async def test_nobody_listening_is_critical_and_says_why() -> None:

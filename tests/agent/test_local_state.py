@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.definitions import check_definition, service_definition
@@ -120,6 +120,29 @@ async def test_a_damaged_file_is_left_alone_and_the_rest_restored(
     assert [service.service_id for service in state.services()] == ["web-1"]
     assert damaged.exists()
     assert "damaged.json" in caplog.text
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
+@given(st.data())
+def test_no_damage_to_a_kept_file_stops_the_agent_or_loses_another(tmp_path: Path, data: st.DataObject) -> None:
+    async def damaged() -> tuple[str, ...]:
+        state = local_state(tmp_path)
+        await state.add_service(service_definition(WEB))
+        await state.add_service(service_definition({"Name": "other"}))
+        path = next(path for path in (tmp_path / "services").iterdir() if b"web-1" in path.read_bytes())
+        content = bytearray(path.read_bytes())
+        position = data.draw(st.integers(0, len(content) - 1))
+        if data.draw(st.booleans()):
+            del content[position:]
+        else:
+            content[position] = data.draw(st.integers(0, 255))
+        path.write_bytes(content)
+        return tuple(service.service_id for service in (await restored(tmp_path)).services())
+
+    found = trio.run(damaged)
+    assert "other" in found or len(found) == 2
+    for path in tmp_path.rglob("*.json"):
+        path.unlink()
 
 
 async def test_registering_again_keeps_status_earlier_checks_and_the_sidecars_port(tmp_path: Path) -> None:
