@@ -32,7 +32,7 @@ from agent.logs import LineWriter, logging_to_stdout
 from agent.membership import join_address
 from agent.process import locked_data_dir, notify_systemd, stop_signals
 from agent.runtime import Runtime
-from agent.telemetry import Metrics
+from agent.telemetry import MergedMetrics, Metrics
 from agent.version import CONSUL_API_VERSION, VERSION
 from mesh.errors import ConfigError, MeshError
 
@@ -40,6 +40,7 @@ _LOG = logging.getLogger("mesh.agent")
 
 STOP_DEADLINE_S = 9.0  # from the first signal to the end, whatever does not answer
 HTTP_DRAIN_S = 1.0
+WORKER_DRAIN_S = 3.0  # the agent waits no longer; the worker itself takes what it needs to finish
 _CONSUL_DNS_PORT = 8600
 _UNIX_PREFIX = "unix://"
 
@@ -115,7 +116,9 @@ class Agent:
             await host.load()
             await nursery.start(self._cluster.run)
             await nursery.start(host.run)
-            http = HttpServer(self._routes(host), self._listens(), self._http_settings(), self._runtime)
+            http = HttpServer(
+                self._routes(host), self._listens(), self._http_settings(), self._runtime, metrics=self.metrics
+            )
             await http.listen()
             nursery.start_soon(http.run)
             self._print_banner()
@@ -124,6 +127,9 @@ class Agent:
             await self._stop_asked.wait()
             notify_systemd("STOPPING=1")
             await http.drain(HTTP_DRAIN_S)
+            with trio.move_on_after(WORKER_DRAIN_S):
+                # Only after the others have heard that this node leaves: until then they send to its sidecars.
+                await host.stop(drain=self._has_left)
             nursery.cancel_scope.cancel()
         _LOG.info("%s stopped", config.node_name)
 
@@ -207,7 +213,7 @@ class Agent:
             node=host.node,
             state=host.state,
             gossip=self._cluster.gossip,
-            metrics=self.metrics,
+            metrics=MergedMetrics(self.metrics, host.supervisor.stats),
             server_statistics=self._cluster.statistics,
             request_leave=self.leave,
         )

@@ -1,10 +1,11 @@
-"""This host's own part of an agent: its services and checks, their way into the catalog, and their identities.
+"""This host's own part of an agent: its services and checks, their way into the catalog, identities and sidecars.
 
 None of it is needed for the cluster to work, so none of it can stop the agent: a part that crashes is logged and
 started again.
 """
 
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
@@ -14,11 +15,13 @@ import trio
 from agent.backend import Backend
 from agent.checks import CheckRunner
 from agent.config import AgentConfig
+from agent.dataplane.supervisor import WorkerSupervisor
 from agent.definitions import configured_checks, configured_services
 from agent.leaves import LeafManager
 from agent.local_state import LocalState
 from agent.membership import parse_server
 from agent.runtime import Runtime
+from agent.sidecars import SidecarManager
 from agent.synchronizer import Synchronizer
 from agent.version import CONSUL_API_VERSION
 from mesh.errors import ConfigError, MeshError
@@ -50,8 +53,21 @@ def own_node(config: AgentConfig, node_id: str) -> Node:
     )
 
 
+def tracing_from_environment() -> tuple[str, float]:
+    """Where spans go (OTEL_EXPORTER_OTLP_ENDPOINT; empty: nowhere) and the share of new traces that is sampled.
+
+    OTEL_TRACES_SAMPLER_ARG sets the share, everything by default, as the OpenTelemetry specification has it.
+    """
+    endpoint = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+    try:
+        share = float(os.environ.get("OTEL_TRACES_SAMPLER_ARG", "1"))
+    except ValueError:
+        share = 1.0
+    return endpoint, min(1.0, max(0.0, share)) if endpoint else 0.0
+
+
 class Host:
-    """Local state, checks, anti-entropy and leaves of one agent."""
+    """Local state, checks, anti-entropy, leaves and sidecars of one agent."""
 
     def __init__(
         self, config: AgentConfig, runtime: Runtime, backend: Backend, *, node: Node, cluster_size: Callable[[], int]
@@ -76,6 +92,22 @@ class Host:
             cluster_size=cluster_size,
             check_update_interval_s=config.check_update_interval_s,
         )
+        # In dev mode nothing is kept, so nobody could find a worker that outlived its agent.
+        self.supervisor = WorkerSupervisor(runtime=runtime, data_dir=data_dir, exit_with_agent=config.dev_mode)
+        endpoint, sampling = tracing_from_environment()
+        self._sidecars = SidecarManager(
+            services=self.state,
+            leaves=self.leaves,
+            backend=backend,
+            supervisor=self.supervisor,
+            runtime=runtime,
+            datacenter=config.datacenter,
+            bind_address=config.bind_address,
+            default_allow=config.default_intention_policy == "allow",
+            tracing_endpoint=endpoint,
+            trace_sampling=sampling,
+        )
+        self._is_stopping = False
 
     async def load(self) -> None:
         """Brings back what was registered before, then adds what the configuration files define.
@@ -100,20 +132,35 @@ class Host:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(keep_running, "leaves", self.leaves.run)
-            nursery.start_soon(keep_running, "checks", self.checks.run)
-            nursery.start_soon(keep_running, "synchronizer", self._synchronizer.run)
+            nursery.start_soon(self._keep_running, "leaves", self.leaves.run)
+            nursery.start_soon(self._keep_running, "checks", self.checks.run)
+            nursery.start_soon(self._keep_running, "synchronizer", self._synchronizer.run)
+            nursery.start_soon(self._keep_running, "worker supervisor", self.supervisor.run)
+            nursery.start_soon(self._keep_running, "sidecars", self._sidecars.run)
             task_status.started()
 
+    async def stop(self, *, drain: bool) -> None:
+        """Lets go of the worker: with `drain` it finishes what is open and exits, else it serves on for the
+        next agent.
+        """
+        self._is_stopping = True
+        await self.supervisor.stop(drain=drain)
 
-async def keep_running(name: str, run: Callable[[], Awaitable[object]]) -> None:
-    """Runs an optional part for ever: a crash of it is logged with its reason, and it starts again."""
+    async def _keep_running(self, name: str, run: Callable[[], Awaitable[object]]) -> None:
+        """Runs a part until the agent stops: a crash of it is logged with its reason, and it starts again."""
+        await keep_running(name, run, is_over=lambda: self._is_stopping)
+
+
+async def keep_running(name: str, run: Callable[[], Awaitable[object]], *, is_over: Callable[[], bool]) -> None:
+    """Runs an optional part again and again, until it ends when `is_over`, or for ever."""
     pause_s = RESTART_PAUSE_S
     while True:
         started = trio.current_time()
         try:
             await run()
-            _LOG.error("%s ended by itself; starting it again", name)
+            if is_over():
+                return
+            _LOG.error("%s ended by itself; starting it again in %g s", name, pause_s)
         except Exception:
             _LOG.exception("%s crashed; starting it again in %g s", name, pause_s)
         if trio.current_time() - started > _STEADY_S:

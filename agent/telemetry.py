@@ -8,7 +8,9 @@ import math
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+
+from mesh.errors import MeshError
 
 INTERVAL_S = 10.0  # go-metrics' in-memory sink, which Consul's JSON form shows
 SAMPLES_KEPT = 1024  # per name, for quantiles
@@ -153,7 +155,8 @@ class Metrics:
 class MergedMetrics:
     """The agent's metrics together with its worker's Prometheus text."""
 
-    def __init__(self, metrics: Metrics, worker_text: Callable[[], str]) -> None:
+    def __init__(self, metrics: Metrics, worker_text: Callable[[], Awaitable[str]]) -> None:
+        """`worker_text` may raise Unreachable: then the agent's own are shown."""
         self._metrics = metrics
         self._worker_text = worker_text
 
@@ -161,9 +164,13 @@ class MergedMetrics:
         """See Metrics: the agent's own only, as the JSON form is Consul's."""
         return self._metrics.json_form()
 
-    def prometheus_text(self) -> str:
-        """Both."""
-        return self._metrics.prometheus_text() + self._worker_text()
+    async def exposition(self) -> str:
+        """Both, as Prometheus text."""
+        text = self._metrics.prometheus_text()
+        try:
+            return text + await self._worker_text()
+        except MeshError:
+            return text
 
 
 def _key(name: str, labels: Mapping[str, str]) -> MetricKey:

@@ -40,11 +40,11 @@ class Gossip(Protocol):
 
 
 class MetricsView(Protocol):
-    """What this family needs of `agent.telemetry.Metrics`."""
+    """What this family needs of `agent.telemetry.MergedMetrics`."""
 
     def json_form(self) -> dict[str, object]: ...
 
-    def prometheus_text(self) -> str: ...
+    async def exposition(self) -> str: ...
 
 
 def member_shape(member: Member) -> JsonObject:
@@ -203,7 +203,7 @@ class AgentApi:
         if self._config.telemetry.prometheus_retention_time_s <= 0:
             text = "Prometheus is not enabled since its retention time is not positive"
             return text_response(text, status=415)
-        return ApiResponse(200, self._metrics.prometheus_text().encode(), _PROMETHEUS_TYPE)
+        return ApiResponse(200, (await self._metrics.exposition()).encode(), _PROMETHEUS_TYPE)
 
     # -- members
 
