@@ -29,7 +29,8 @@ OUTPUT_BYTES = 4096  # of a response's body that is read and shown
 REDIRECTS_MAX = 10  # as Go's client follows
 RUNS_MAX = 128  # at one time; each holds a descriptor, and a host full of hanging targets must leave us some
 # Consul runs a check first at a random point of its whole interval. A new check waits no longer than this, so that a
-# service is not critical for an interval after its registration; the second run is what spreads the load.
+# service is not critical for an interval after its registration, and while it has never passed it is run again as soon
+# for one interval, as many a service registers before it listens. The run after that is what spreads the load.
 FIRST_RUN_S_MAX = 1.0
 USER_AGENT = "Consul Health Check"
 
@@ -185,7 +186,9 @@ class CheckRunner:
             failures_before_critical=definition.failures_before_critical,
         )
         with job.scope:
-            await trio.sleep(self._rng.uniform(0.0, min(definition.interval_s, FIRST_RUN_S_MAX)))
+            first_run_s = min(definition.interval_s, FIRST_RUN_S_MAX)
+            new_until = self._runtime.now() + definition.interval_s
+            await trio.sleep(self._rng.uniform(0.0, first_run_s))
             pause_s = self._rng.uniform(0.0, definition.interval_s)
             while True:
                 async with self._limiter:
@@ -198,6 +201,12 @@ class CheckRunner:
                 status = thresholds.record(result.status)
                 if status is not None:
                     self._report(definition, CheckResult(status, result.output))
+                row = self._state.check(definition.check_id)
+                if row is not None and row.status != "critical":
+                    new_until = -math.inf
+                if self._runtime.now() + first_run_s < new_until:
+                    await trio.sleep(first_run_s)
+                    continue
                 await trio.sleep(pause_s)
                 pause_s = definition.interval_s
 

@@ -1,4 +1,5 @@
 import datetime
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -257,6 +258,30 @@ async def test_a_server_that_does_not_finish_its_answer_is_critical_at_the_timeo
         await checker.close()
         nursery.cancel_scope.cancel()
     assert (result.status, result.output) == ("critical", f"GET http://{host}:{port}/: no answer within 0.1 s")
+
+
+async def test_a_service_that_listens_a_little_late_passes_soon_and_is_then_left_alone(
+    host: Host, autojump_clock: trio.testing.MockClock
+) -> None:
+    connections: list[float] = []
+
+    async def accept(stream: trio.SocketStream) -> None:
+        connections.append(trio.current_time())
+        await stream.aclose()
+
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    await host.state.add_check(check_definition({"Name": "c", "TCP": f"127.0.0.1:{port}", "Interval": "30s"}))
+    await trio.sleep(5)
+    assert host.status("c") == "critical"
+    listeners = await trio.open_tcp_listeners(port, host="127.0.0.1")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(trio.serve_listeners, accept, listeners)
+        await trio.sleep(1.1)
+        assert host.status("c") == "passing"
+        await trio.sleep(300)
+        nursery.cancel_scope.cancel()
+    assert 300 / 30 <= len(connections) <= 300 / 30 + 2
 
 
 async def test_thresholds_hold_a_status_until_enough_runs_agree(
