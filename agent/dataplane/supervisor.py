@@ -1,7 +1,8 @@
 """The agent's side of the data plane: keeps one worker process running and hands it its configuration.
 
-The worker is not part of the agent's life: it serves on when the agent ends, and the next agent takes it over. Only
-`drain` ends it, or a version of the agent that it does not belong to. In dev mode it ends with the agent.
+The worker is not part of the agent's life: it serves on when the agent ends, and the next agent takes it over. Only a
+graceful leave ends it, or an agent of another version, which starts a worker of its own once it knows what to serve. In
+dev mode it ends with the agent.
 """
 
 import contextlib
@@ -47,6 +48,7 @@ class WorkerSupervisor:
         self._ready = trio.Event()
         self._wanted = trio.Event()
         self._accepted: WorkerConfig | None = None
+        self._outdated: list[ControlClient] = []  # workers of another version, serving until there is one of ours
         self._version = 0
         self._configuring = trio.Lock()
         self._fresh = True
@@ -59,8 +61,8 @@ class WorkerSupervisor:
 
     @property
     def running(self) -> bool:
-        """Whether a worker answers."""
-        return self._client is not None
+        """Whether a worker answers, be it of another version."""
+        return self._client is not None or bool(self._outdated)
 
     @property
     def fresh(self) -> bool:
@@ -114,8 +116,10 @@ class WorkerSupervisor:
         DRAIN_TIMEOUT_S. Otherwise it serves on for the next agent, except in dev mode.
         """
         self._stopping = True
-        if drain and self._client is not None:
-            client = self._client
+        if drain:
+            await self._drain_outdated()
+        client = self._client
+        if drain and client is not None:
             with contextlib.suppress(Unreachable), trio.move_on_after(DRAIN_TIMEOUT_S + CALL_TIMEOUT_S):
                 await client.call(Drain(DRAIN_TIMEOUT_S), timeout_s=CALL_TIMEOUT_S)
                 await client.over.wait()
@@ -146,9 +150,12 @@ class WorkerSupervisor:
     @contextlib.asynccontextmanager
     async def _worker(self, nursery: trio.Nursery) -> AsyncIterator[ControlClient]:
         """The connection to the one worker, found or started, until it ends."""
+        for outdated in self._outdated:
+            outdated.close()
+        self._outdated.clear()  # found anew if they still are there
         client = await self._take_over(nursery)
         if client is None:
-            self._fresh = True
+            self._fresh = not self._outdated
             if self._accepted is None:
                 await self._wanted.wait()
             _, client = await start_worker(self._directory, nursery, exit_with_agent=self._exit_with_agent)
@@ -156,6 +163,7 @@ class WorkerSupervisor:
             nursery.start_soon(client.run)
             _LOG.info("started worker %d", client.pid)
         try:
+            await self._drain_outdated()
             if self._fresh and self._accepted is not None:
                 try:
                     await self._configure(client, self._accepted)
@@ -172,7 +180,7 @@ class WorkerSupervisor:
             client.close()
 
     async def _take_over(self, nursery: trio.Nursery) -> ControlClient | None:
-        """The newest worker of this version that answers. All others are told to drain; dead sockets are removed."""
+        """The newest worker of this version that answers; dead sockets are removed. Others become `_outdated`."""
         chosen: ControlClient | None = None
         for path in self._directory.sockets():
             try:
@@ -190,12 +198,22 @@ class WorkerSupervisor:
                 self._fresh = pong.config_version < 0
                 _LOG.info("took over worker %d, which serves configuration %d", pong.pid, pong.config_version)
                 continue
-            if not pong.draining:
-                _LOG.info("worker %d of version %s drains: it is not ours", pong.pid, pong.package_version)
-                with contextlib.suppress(Unreachable):
-                    await client.call(Drain(DRAIN_TIMEOUT_S), timeout_s=CALL_TIMEOUT_S)
-            client.close()
+            if pong.draining:
+                client.close()
+                continue
+            _LOG.info("worker %d of version %s is to be replaced", pong.pid, pong.package_version)
+            self._outdated.append(client)
         return chosen
+
+    async def _drain_outdated(self) -> None:
+        """Returns when the workers that are not ours have given up their listeners."""
+        while self._outdated:
+            client = self._outdated.pop()
+            with contextlib.suppress(Unreachable):
+                await client.call(Drain(DRAIN_TIMEOUT_S), timeout_s=CALL_TIMEOUT_S)
+                # It answers in order: by the next reply it has closed its listeners.
+                await client.call(Ping(), timeout_s=CALL_TIMEOUT_S)
+            client.close()
 
     async def _ping(self, client: ControlClient, path: Path) -> Pong | None:
         """What a found worker says; a hung one is killed."""

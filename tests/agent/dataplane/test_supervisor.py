@@ -127,12 +127,16 @@ async def test_worker_outlives_its_agent_and_the_next_agent_takes_it_over(tmp_pa
         await gone(pid)
 
 
-async def test_worker_of_another_version_is_drained_and_replaced(tmp_path, nursery, reaper, monkeypatch):
+async def test_worker_of_another_version_serves_until_there_is_one_of_ours_to_serve(
+    tmp_path, nursery, reaper, monkeypatch
+):
+    address = loopback_address()
+    config = Authority().two_hops(outbound_port=9191, inbound_port=21000, app_port=8080, address=address, version=0)
     async with trio.open_nursery() as agent:
         supervisor = new(tmp_path)
         await agent.start(supervisor.run)
         with trio.fail_after(15):
-            await supervisor.configure(EMPTY)
+            await supervisor.configure(config)
         old = supervisor.pid
         reaper.append(old)
         agent.cancel_scope.cancel()
@@ -140,11 +144,17 @@ async def test_worker_of_another_version_is_drained_and_replaced(tmp_path, nurse
     supervisor = new(tmp_path)
     await nursery.start(supervisor.run)
     with trio.fail_after(15):
-        await supervisor.configure(EMPTY)
+        while not supervisor.running:
+            await trio.sleep(0.01)
+        assert not supervisor.fresh  # so nobody hands over a part of the picture
+        assert supervisor.pid == 0
+        await (await trio.open_tcp_stream(address, 9191)).aclose()
+        await supervisor.configure(config)
         reaper.append(supervisor.pid)
-        assert supervisor.pid != old
+        assert supervisor.pid not in (0, old)
+        await (await trio.open_tcp_stream(address, 9191)).aclose()
         await gone(old)
-    await supervisor.configure(EMPTY)
+    await supervisor.configure(config)
 
 
 async def test_worker_of_dev_mode_ends_with_its_agent(nursery, reaper):
