@@ -151,6 +151,10 @@ class Metrics:
             lines += [f"# TYPE {family} {kind}", *rows]
         return "".join(f"{line}\n" for line in lines)
 
+    async def exposition(self) -> str:
+        """As `prometheus_text`: what is shown where no worker adds its own."""
+        return self.prometheus_text()
+
 
 class MergedMetrics:
     """The agent's metrics together with its worker's Prometheus text."""

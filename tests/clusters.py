@@ -100,9 +100,7 @@ class World:
 
     def servers(self) -> list[Running]:
         return [
-            one
-            for one in self.agents.values()
-            if isinstance(one.cluster, ServerCluster) and not one.ended.is_set()
+            one for one in self.agents.values() if isinstance(one.cluster, ServerCluster) and not one.ended.is_set()
         ]
 
     def leader(self) -> Running | None:
