@@ -21,6 +21,7 @@ from mesh.proxy.sidecar_config import IDLE_TIMEOUT_S
 HEAD_TIMEOUT_S = 10.0  # from the first byte of a request's head to its last
 KEEP_ALIVE_TIMEOUT_S = 3600.0  # Envoy's connection idle timeout
 RELAY_TIMEOUT_S = 3600.0  # no byte either way after an upgrade
+HELD_BYTES_MAX = 64 * 1024  # sent behind an upgrade request, before the answer to it
 
 _TIMED_OUT = Rejected(408, "the request took too long to arrive")
 
@@ -91,6 +92,8 @@ class HttpAccepted(Connection):
             self._process(events)
         if self.exchange is None and not self.closed:
             self._await_head()
+        elif len(self._codec.unparsed) > HELD_BYTES_MAX:
+            self.pause_reading()
 
     def _await_head(self) -> None:
         if not self._codec.mid_message:
@@ -172,6 +175,7 @@ class HttpAccepted(Connection):
     def relay_begins(self, relay: Relay) -> None:
         """Exchange callback."""
         self._relay = relay
+        self.resume_reading()
         self.set_deadline(self.reactor.now + RELAY_TIMEOUT_S)
 
     def progress(self) -> None:

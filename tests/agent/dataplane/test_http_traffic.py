@@ -203,14 +203,31 @@ def test_websocket_upgrade_becomes_a_byte_relay(pair):
     assert app.at_end()
 
 
-def test_a_refused_upgrade_leaves_plain_http(pair):
+def test_after_a_refused_upgrade_the_connection_closes(pair):
     hops = pair.hops()
     client = hops.client()
     client.send(b"GET / HTTP/1.1\r\nHost: api\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
     app = hops.app()
     app.read_message()
     app.send(OK)
-    assert client.read_message()[1] == b"ok"
+    head, body = client.read_message()
+    assert (b"connection: close" in head, body) == (True, b"ok")
+    assert client.at_end()
+
+
+def test_what_is_sent_behind_an_upgrade_request_is_bounded_and_complete(pair):
+    hops = pair.hops()
+    client = hops.client()
+    client.send(b"GET / HTTP/1.1\r\nHost: api\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    app = hops.app()
+    app.read_head()
+    sent = 0
+    client.sock.settimeout(0.2)
+    with pytest.raises(TimeoutError):  # noqa: PT012
+        while sent < 64 * 1024 * 1024:
+            sent += client.sock.send(bytes(65536))
+    app.send(b"HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    assert app.read(sent) == bytes(sent)
 
 
 def test_http_1_0_client_gets_a_body_until_close(pair):

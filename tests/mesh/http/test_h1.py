@@ -7,16 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import ProtocolError
-from mesh.http.h1 import (
-    CHUNK_OVERHEAD_BYTES_MAX,
-    END,
-    HEAD_BYTES_MAX,
-    INFORMATIONAL_MAX,
-    ClientConnection,
-    Rejected,
-    ServerConnection,
-)
+from mesh.http.h1 import END, ClientConnection, Rejected, ServerConnection
 from mesh.http.head import RequestHead, ResponseHead
+from mesh.http.receive_response import INFORMATIONAL_MAX
+from mesh.http.receiver import CHUNK_OVERHEAD_BYTES_MAX, HEAD_BYTES_MAX
 
 HOST = b"Host: a\r\n"
 
