@@ -288,6 +288,17 @@ async def test_forward_clock_jump_renews_within_30_seconds(autojump_clock, backe
     assert manager.current("web") is not leaf
 
 
+async def test_leader_whose_clock_is_days_behind_does_not_make_the_agent_spin(autojump_clock, backend, nursery):
+    runtime = WallClock(NOW_S)
+    runtime.jump_s = 0.95 * LIFE_S  # every leaf that comes is past its renewal time
+    manager = manager_of(backend, runtime=runtime)
+    await nursery.start(manager.run)
+    manager.hold("web")
+    await manager.leaf("web")
+    await trio.sleep(100)
+    assert 5 <= len(backend.signed_at) <= 100 / leaves.RENEWAL_PAUSE_S + 2
+
+
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 
