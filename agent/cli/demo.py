@@ -110,7 +110,8 @@ class Demo:
 
         self._say("Starting the services web and api (api in two instances) and registering them over HTTP")
         await self._start_services()
-        await self._wait("web reaching api through both sidecars", self._web_works)
+        await self._wait("both sidecars of api to be healthy", self._both_healthy)
+        await self._wait("web to reach api through both sidecars", self._web_works)
         answers = await self._send_requests(200)
         self._note(f"200 requests web → sidecar → mTLS → sidecar → api: {_counted(answers)}")
 
@@ -278,6 +279,10 @@ class Demo:
     async def _all_alive(self) -> bool:
         found = (await self._http.get(self._agents["client-1"].address + "/v1/agent/members")).json()
         return len([member for member in found if member["Status"] == 1]) == len(self._agents)
+
+    async def _both_healthy(self) -> bool:
+        response = await self._http.get(self._agents["client-1"].address + "/v1/health/connect/api?passing")
+        return len(response.json()) == len(_CLIENTS)
 
     async def _show_members(self, leader: str) -> None:
         found = (await self._http.get(self._agents["client-1"].address + "/v1/agent/members")).json()
