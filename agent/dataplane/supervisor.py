@@ -51,7 +51,7 @@ class WorkerSupervisor:
         self._outdated: list[ControlClient] = []  # workers of another version, serving until there is one of ours
         self._version = 0
         self._configuring = trio.Lock()
-        self._fresh = True
+        self._fresh = False  # not before it is known that no worker serves
         self._stopping = False
         self._scope = trio.CancelScope()
         self._starts = 0
@@ -66,8 +66,8 @@ class WorkerSupervisor:
 
     @property
     def fresh(self) -> bool:
-        """Whether the worker serves nothing yet: it is new, or there is none. False once one that serves was taken over
-        or a configuration was accepted.
+        """Whether nothing is served yet: the worker is new, or it is certain that there is none. False once one that
+        serves was found, or a configuration was accepted.
         """
         return self._fresh
 
@@ -82,7 +82,9 @@ class WorkerSupervisor:
         return self._starts
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Has `callback` called whenever another worker has become the one. Returns what ends the subscription."""
+        """Has `callback` called whenever another worker has become the one, and when it turns out that there is none.
+        Returns what ends the subscription.
+        """
         token = object()
         self._subscribers[token] = callback
 
@@ -156,6 +158,7 @@ class WorkerSupervisor:
         client = await self._take_over(nursery)
         if client is None:
             self._fresh = not self._outdated
+            self._tell()
             if self._accepted is None:
                 await self._wanted.wait()
             _, client = await start_worker(self._directory, nursery, exit_with_agent=self._exit_with_agent)
@@ -171,13 +174,16 @@ class WorkerSupervisor:
                     _LOG.error("the new worker refuses what the last one served: %s", error)
             self._client = client
             self._ready.set()
-            for callback in tuple(self._subscribers.values()):
-                callback()
+            self._tell()
             yield client
         finally:
             self._client = None
             self._ready = trio.Event()
             client.close()
+
+    def _tell(self) -> None:
+        for callback in tuple(self._subscribers.values()):
+            callback()
 
     async def _take_over(self, nursery: trio.Nursery) -> ControlClient | None:
         """The newest worker of this version that answers; dead sockets are removed. Others become `_outdated`."""

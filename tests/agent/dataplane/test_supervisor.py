@@ -58,8 +58,12 @@ async def test_worker_starts_with_the_first_configuration_and_is_fed_by_acknowle
     tmp_path, nursery, reaper
 ):
     supervisor = new(tmp_path)
+    assert not supervisor.fresh  # it has not looked yet: a worker may be serving
+    looked = trio.Event()
+    supervisor.subscribe(looked.set)
     await nursery.start(supervisor.run)
-    await trio.sleep(0)
+    await looked.wait()
+    assert supervisor.fresh
     assert not supervisor.running
     assert await supervisor.stats() == ""
     with trio.fail_after(15):
@@ -88,7 +92,7 @@ async def test_worker_that_dies_is_replaced_and_told_the_last_accepted_configura
     with trio.fail_after(15):
         await supervisor.configure(config)
     first = supervisor.pid
-    supervisor.subscribe(lambda: changes.append(supervisor.pid))
+    supervisor.subscribe(lambda: supervisor.pid and changes.append(supervisor.pid))
     os.kill(first, signal.SIGKILL)
     with trio.fail_after(20):
         while not changes:
