@@ -15,6 +15,8 @@ from mesh.errors import ConfigError
 from mesh.proxy.resources import ListenerKey, ServedListener, changes
 from mesh.proxy.sidecar_config import InboundListener, SidecarConfig, WorkerConfig, check
 
+SPANS_TIMEOUT_S = 2.0  # for the last spans, when the worker ends
+
 Service = InboundHttp | InboundTcp | OutboundHttp | OutboundTcp
 
 _Identities = dict[tuple[str, str, tuple[str, ...], str], SidecarIdentity]
@@ -58,7 +60,8 @@ def _target_labels(served: ServedListener) -> dict[str, str]:
 class Tables:
     """Listeners by address, services by what they are, identities by their material."""
 
-    def __init__(self, reactor: Reactor, rng: random.Random) -> None:
+    def __init__(self, reactor: Reactor, rng: random.Random, *, tracing_endpoint: str = "") -> None:
+        """`tracing_endpoint` is used when the configuration names none."""
         self.config = WorkerConfig(version=-1)
         self._reactor = reactor
         self._rng = rng
@@ -68,6 +71,8 @@ class Tables:
         self._drained: list[Service] = []  # of former configurations, with connections still open
         self._identities: _Identities = {}
         self._logs: dict[str, AccessLog] = {}
+        self._tracing = "", 0.0
+        self._default_tracing_endpoint = tracing_endpoint
         self._tracer = Tracer(rng)
 
     # ---- configuration
@@ -90,24 +95,24 @@ class Tables:
             for log in opened_logs.values():
                 log.close()
             raise
-        tracer = self._tracer
-        if (config.tracing_endpoint, config.trace_sampling) != (
-            self.config.tracing_endpoint,
-            self.config.trace_sampling,
-        ):
-            self._tracer = Tracer(self._rng, endpoint=config.tracing_endpoint, sampling=config.trace_sampling)
         # Nothing below can fail.
         self._logs.update(opened_logs)
         self._identities = identities
         self._listeners.update((listener.key, listener) for listener in bound)
         for key in change.closed:
             self._listeners.pop(key).close()
+        self._set_tracing(config)
         self._swap(change.served)
         self.config = config
-        if tracer is not self._tracer:
-            tracer.shutdown()
         for path in set(self._logs) - {sidecar.access_log.path for sidecar in config.sidecars}:
             self._logs.pop(path).close()
+
+    def _set_tracing(self, config: WorkerConfig) -> None:
+        tracing = config.tracing_endpoint or self._default_tracing_endpoint, config.trace_sampling
+        if tracing != self._tracing:
+            self._tracing = tracing
+            former, self._tracer = self._tracer, Tracer(self._rng, endpoint=tracing[0], sampling=tracing[1])
+            former.shutdown()
 
     def _make_identities(self, config: WorkerConfig) -> _Identities:
         made: _Identities = {}
@@ -175,7 +180,7 @@ class Tables:
             for accepted in tuple(service.accepted):
                 accepted.abort()
         self.flush_logs()
-        self._tracer.shutdown()
+        self._tracer.shutdown(wait_s=SPANS_TIMEOUT_S)
 
     def flush_logs(self) -> None:
         """Writes collected access log lines."""

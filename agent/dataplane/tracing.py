@@ -6,6 +6,7 @@ spans go to the SDK's batch processor: its own thread, a bounded queue, spans dr
 
 import random
 import re
+import threading
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -81,10 +82,12 @@ class Tracer:
         if self._processor is not None:
             self._processor.on_end(_readable(span))  # type: ignore[arg-type]  # built below, typed by the SDK
 
-    def shutdown(self) -> None:
-        """Stops the exporter's thread; what is queued is sent if that is quick."""
+    def shutdown(self, *, wait_s: float = 0.0) -> None:
+        """Stops the exporter. What is queued is sent from a thread, which we wait for `wait_s` at most."""
         if self._processor is not None:
-            self._processor.shutdown()  # type: ignore[no-untyped-call]  # the SDK does not say
+            sender = threading.Thread(target=self._processor.shutdown, name="span-export", daemon=True)
+            sender.start()
+            sender.join(wait_s)
 
 
 def is_traceparent(value: bytes) -> bool:

@@ -55,7 +55,11 @@ class Worker:
     def __init__(self, *, exit_with_agent: bool) -> None:
         self._exit_with_agent = exit_with_agent
         self._reactor = Reactor()
-        self._tables = Tables(self._reactor, random.Random(secrets.randbits(64)))
+        self._tables = Tables(
+            self._reactor,
+            random.Random(secrets.randbits(64)),
+            tracing_endpoint=os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""),
+        )
         self._started_at = trio.current_time()
         self._current: trio.CancelScope | None = None  # the connection of the agent that counts
         self._draining = False

@@ -120,8 +120,8 @@ class WorkerConfig(msgspec.Struct, frozen=True):
 
     version: int
     sidecars: tuple[SidecarConfig, ...] = ()
-    tracing_endpoint: str = ""  # OTLP/HTTP base URL; empty: spans are not exported
-    trace_sampling: float = 0.0  # share of requests without a traceparent that start a sampled trace
+    tracing_endpoint: str = ""  # OTLP/HTTP base URL; empty: the worker's OTEL_EXPORTER_OTLP_ENDPOINT, if it has one
+    trace_sampling: float = 1.0  # share of requests without a traceparent that start a sampled trace, when exporting
 
     def __repr__(self) -> str:
         """Without keys: this value ends up in logs and assertion messages."""
