@@ -19,7 +19,7 @@ from agent.config import AgentConfig
 from agent.gossip_driver import GossipDriver
 from agent.leader import CatalogReconciler, LeaderDuties, VoterReconciler, commit_or_log
 from agent.leadership import Leadership
-from agent.membership import ServerList, client_tags, join_address, server_tags
+from agent.membership import ServerList, client_tags, join_address, parse_server, server_tags
 from agent.raft_driver import RaftDriver
 from agent.raft_store import MemoryRaftStore, RaftStore, SqliteRaftStore
 from agent.raft_transport import RaftTransport
@@ -31,7 +31,7 @@ from agent.version import CONSUL_API_VERSION
 from agent.watches import WatchedState, Watches
 from mesh.errors import ConfigError, MeshError
 from mesh.gossip.config import DEV, LAN, GossipConfig
-from mesh.gossip.events import GossipEvent
+from mesh.gossip.events import GossipEvent, MemberFailed
 from mesh.gossip.members import Member
 from mesh.model.command import Command
 from mesh.raft.config import RaftConfig
@@ -115,6 +115,10 @@ class Cluster:
 
     def _on_gossip(self, event: GossipEvent) -> None:
         self._metrics.count(f"consul.serf.events.{type(event).__name__}")
+        if isinstance(event, MemberFailed):
+            server = parse_server(event.member, self._config.datacenter)
+            if server is not None:
+                self._pool.drop(server.address)  # a frozen host keeps its connections open
         for callback in self._subscribers:
             callback(event)
 

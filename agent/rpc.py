@@ -300,11 +300,21 @@ class _ClientConnection:
         self._frames: FrameStream | None = None
         self._pending: dict[int, _PendingCall] = {}
         self._next_id = 1
+        self._scope = trio.CancelScope()
         self.settled = trio.Event()  # connected, or failed to
         self.failure: MeshError | None = None
 
+    def close(self) -> None:
+        """Ends it: its open calls end with OutcomeUnknown."""
+        self._scope.cancel()
+
     async def run(self) -> bool:
         """Connects and reads answers until the connection ends. Returns whether it ever was connected."""
+        with self._scope:
+            return await self._run()
+        return True
+
+    async def _run(self) -> bool:
         try:
             stream = await open_connection(self._address, Purpose.CALLS, self._context, self._server_name)
         except Unreachable as error:
@@ -430,6 +440,12 @@ class RpcPool:
             text = f"{address[0]}:{address[1]} did not answer within {timeout_s:g} s"
             raise OutcomeUnknown(text) if connection.settled.is_set() else Unreachable(text)
         return answer
+
+    def drop(self, address: Address) -> None:
+        """Ends the connection to that server, which is known to be gone: who waits on it need wait no longer."""
+        connection = self._connections.get(address)
+        if connection is not None:
+            connection.close()
 
     def _connection(self, address: Address) -> _ClientConnection:
         connection = self._connections.get(address)

@@ -37,7 +37,7 @@ from mesh.state.store import Store
 RPC_TIMEOUT_S = 60.0  # Consul's limits.rpc_client_timeout
 RETRY_PAUSE_S = 0.05  # between attempts while an election runs; a change of leadership ends the pause at once
 WAIT_JITTER = 16  # a blocking query waits up to a sixteenth longer, so that timeouts of many clients spread
-ANSWER_MARGIN_S = 10.0  # for the way back of a blocking query that ran its full time
+DEPOSED_GRACE_S = 1.0  # how long a write forwarded to a leader still waits for it once another one leads
 
 SignLeaf = Callable[[bytes], Awaitable[IssuedLeaf]]
 
@@ -69,7 +69,9 @@ class ServerBackend:
         self._metrics = metrics
         self._hold_s = hold_s
         self._sign_leaf: SignLeaf | None = None
+        self._forwarded: dict[trio.CancelScope, tuple[str, float]] = {}  # -> whom it was sent to, grace
         leadership.subscribe(watches.wake_everyone)
+        leadership.subscribe(self._give_up_on_deposed)
 
     def set_signer(self, sign_leaf: SignLeaf | None) -> None:
         """Who signs leaves here while this server leads."""
@@ -156,8 +158,8 @@ class ServerBackend:
                     return await self._propose(data)
                 if forwarded:
                     raise NotLeader(self._leadership.leader_id)
-                answer = await self._call_leader(CALLS.encode(ApplyCall(command, forwarded=True)), RPC_TIMEOUT_S)
-                return RESULT_CODEC.decode(answer)
+                body = CALLS.encode(ApplyCall(command, forwarded=True))
+                return RESULT_CODEC.decode(await self._call_leader(body, RPC_TIMEOUT_S, grace_s=DEPOSED_GRACE_S))
             except (NotLeader, NoLeader, Unreachable) as error:
                 # All three mean that nothing was appended to any log, so trying again cannot apply it twice.
                 if forwarded:
@@ -179,11 +181,28 @@ class ServerBackend:
             return result
         raise OutcomeUnknown(f"the write was not committed within {RPC_TIMEOUT_S:.0f} s; it may yet be")
 
-    async def _call_leader(self, body: bytes, timeout_s: float) -> bytes:
-        address = self._leader_address()
-        if address is None:
+    async def _call_leader(self, body: bytes, timeout_s: float, *, grace_s: float = 0.0) -> bytes:
+        """What the leader answers. Raises NoLeader, Unreachable, or OutcomeUnknown: also when another server leads now
+        and this one has not answered `grace_s` later, as a frozen host keeps its connections open for long.
+        """
+        leader_id, address = self._leadership.leader_id, self._leader_address()
+        if leader_id is None or address is None:
             raise NoLeader("No cluster leader")
-        return await self._pool.call(address, body, timeout_s=timeout_s)
+        with trio.CancelScope() as scope:
+            self._forwarded[scope] = (leader_id, grace_s)
+            try:
+                return await self._pool.call(address, body, timeout_s=timeout_s)
+            finally:
+                del self._forwarded[scope]
+        raise OutcomeUnknown(f"another server became the leader before {join_address(address)} answered")
+
+    def _give_up_on_deposed(self) -> None:
+        leader_id = self._leadership.leader_id
+        if leader_id is None:
+            return  # an election: whoever was asked may yet win it
+        for scope, (asked, grace_s) in self._forwarded.items():
+            if asked != leader_id:
+                scope.deadline = min(scope.deadline, trio.current_time() + grace_s)
 
     # -- reads
 

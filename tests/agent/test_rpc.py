@@ -235,6 +235,25 @@ async def test_a_connection_broken_before_the_answer_is_an_unknown_outcome():
         nursery.cancel_scope.cancel()
 
 
+async def test_a_dropped_connection_ends_its_calls_and_the_next_call_connects_anew():
+    async with running() as (service, server, pool, address):
+        outcomes = []
+
+        async def call() -> None:
+            try:
+                await pool.call(address, b"wait", timeout_s=60)
+            except OutcomeUnknown as error:
+                outcomes.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            await until(lambda: service.waiting == 1)
+            pool.drop(address)
+        assert len(outcomes) == 1
+        assert await pool.call(address, b"echo x", timeout_s=5) == b"x"
+        assert server.counters["connections_accepted"] == 2
+
+
 async def test_a_half_open_server_is_given_up(autojump_clock):
     listeners, address = await listen()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import threading
 import time
 
@@ -85,6 +86,35 @@ def test_writes_go_on_within_five_seconds_of_the_leaders_death(cluster):
     leader.start()
     leader.wait_ready()
     wait_until(lambda: leader.get("/v1/kv/after?raw&stale") == b"x")
+
+
+def test_a_frozen_leader_is_replaced_and_answers_nothing_old_when_it_thaws(cluster):
+    servers, clients = cluster
+    leader = next(server for server in servers if clients[0].leader().endswith(f":{server.rpc}"))
+    others = [agent for agent in (*servers, *clients) if agent is not leader]
+    assert clients[0].request("PUT", "/v1/kv/frozen", b"old")[0] == 200
+    leader.running.send_signal(signal.SIGSTOP)
+    try:
+        frozen_at = time.monotonic()
+        follower = next(server for server in servers if server is not leader)
+        wait_until(lambda: follower.request("PUT", "/v1/kv/frozen", b"new")[0] == 200)
+        assert time.monotonic() - frozen_at < 6
+        for agent in others:
+            assert agent.get("/v1/kv/frozen?raw") == b"new"
+        assert time.monotonic() - frozen_at < 20
+        answers: list[bytes] = []
+        askers = [
+            threading.Thread(target=lambda path=path: answers.append(leader.get(path)))
+            for path in ("/v1/kv/frozen?raw", "/v1/kv/frozen?raw&consistent")
+        ]
+        for asker in askers:
+            asker.start()
+        time.sleep(0.2)  # both requests lie in the frozen process's socket
+    finally:
+        leader.running.send_signal(signal.SIGCONT)
+    for asker in askers:
+        asker.join(30)
+    assert answers == [b"new", b"new"]
 
 
 def test_no_acknowledged_write_is_lost_when_all_servers_lose_power(cluster):
