@@ -365,6 +365,8 @@ class SidecarManager:
                 _LOG.error("sidecar %s: the worker refuses its configuration: %s", proxy_id, error)
 
     def _retry_later(self) -> None:
+        if self._retry_at != float("inf"):
+            return  # other changes in between do not put it off
         self._failures += 1
         pause_s = backoff_s(self._failures, rng=self._rng, first_s=RETRY_S_MIN, last_s=RETRY_S_MAX)
         self._retry_at = trio.current_time() + pause_s

@@ -22,6 +22,10 @@ class CaRoot(msgspec.Struct, frozen=True):
     create_index: int = 0
     modify_index: int = 0
 
+    def __repr__(self) -> str:
+        """Without the key: commands and states that hold roots end up in logs and assertion messages."""
+        return f"CaRoot({self.root_id!r}, trust domain {self.external_trust_domain!r}, active={self.active})"
+
 
 class CaRoots(msgspec.Struct, frozen=True):
     """What verifiers need: every root still trusted, the active one named. Empty `trust_domain`: no CA yet."""

@@ -114,6 +114,10 @@ class SidecarConfig(msgspec.Struct, frozen=True):
     outbound: tuple[OutboundListener, ...] = ()
     access_log: AccessLogConfig = AccessLogConfig()
 
+    def __repr__(self) -> str:
+        """Without the key, as `WorkerConfig`."""
+        return f"SidecarConfig(proxy_id={self.proxy_id!r}, inbound={self.inbound}, outbound={self.outbound})"
+
 
 class WorkerConfig(msgspec.Struct, frozen=True):
     """Everything one worker serves. `version` grows with each change; the worker answers it in its ACK or NACK."""

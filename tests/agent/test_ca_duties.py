@@ -152,3 +152,5 @@ async def test_row_14_private_key_never_leaves_through_a_read():
     answer = answer_codec(GetCaRoots()).encode(server.roots())
     assert secret not in answer
     assert b"PRIVATE" not in answer
+    assert secret.decode() not in repr(COMMAND_CODEC.decode(server.log[0]))
+    assert secret.decode() not in repr(server.fsm.store.signing_root())

@@ -400,6 +400,7 @@ async def test_one_refused_sidecar_keeps_no_other_from_its_next_deny(autojump_cl
         assert served == {"web-sidecar-proxy", "z-sidecar-proxy"}
         before = agent.worker.attempts
         started = trio.current_time()
+        assert agent.manager._retry_at - started <= RETRY_S_MAX
         await backend.apply(IntentionUpsert(Intention("front", "web", "deny")))
         while not agent.worker.sidecar("web-sidecar-proxy").inbound.intentions:
             await trio.sleep(0.001)
@@ -450,6 +451,8 @@ async def test_keys_are_not_logged(autojump_clock, backend, caplog):
     async with running(Agent(backend, WEB, WEB_PROXY)) as agent:
         await settle(1)
         secret = agent.leaves.current("web").private_key_pem.splitlines()[1]
+        assert secret not in repr(agent.worker.configs[-1].sidecars)
+        assert secret not in repr(agent.manager._watches)
     assert secret not in caplog.text
     assert "PRIVATE KEY" not in caplog.text
 
