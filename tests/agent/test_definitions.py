@@ -2,7 +2,7 @@ import json
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.config.values import RawDefinition
@@ -18,6 +18,9 @@ from agent.definitions import (
 from agent.strict_json import MalformedJson, decode, snake_case
 from mesh.errors import ConfigError, InvalidRequest
 from mesh.model.catalog import Proxy, ServiceAddress, Upstream, Weights
+
+# The machine that runs the suite may be busy: slowness is not a failure.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 WEB = {
     "ID": "web-1", "Name": "web", "Tags": ["a", "b"], "Address": "10.0.0.1", "Port": 80, "Meta": {"v": "1"},
@@ -233,6 +236,7 @@ NAMES = st.sampled_from(
 BODIES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(NAMES, inner, max_size=4))
 
 
+@unhurried
 @given(st.dictionaries(NAMES, BODIES))
 def test_any_body_is_a_definition_or_one_of_two_errors(body: dict[str, object]) -> None:
     body = {"Name": "n", **body}
