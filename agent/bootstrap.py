@@ -1,43 +1,51 @@
-"""Starting a new cluster: `bootstrap_expect` servers find each other by gossip and begin with the same voters."""
+"""Starting a new cluster: `bootstrap_expect` servers find each other by gossip, and one of them begins.
+
+Two servers that begin with different voters make two clusters, so: the candidates are the expected number of living
+servers with the lowest IDs, the lowest of them begins, and only after every other server has said that it is part of no
+cluster and every candidate that it would choose the same candidates. The others start empty and learn.
+"""
 
 import logging
 
+import trio
+
 from agent.membership import ServerList, ServerMember, join_address
 from agent.raft_driver import RaftDriver
+from agent.rpc import RpcPool
+from agent.rpc_calls import BOOTSTRAP_ANSWERS, CALLS, BootstrapAnswer, BootstrapCall
+from mesh.errors import MeshError
 
 _LOG = logging.getLogger("mesh.server")
 
+RETRY_S = 0.5
+ANSWER_S = 5.0
+
 
 class Bootstrapper:
-    """Bootstraps Raft once, when every expected server is here. Call `check` after every change of the server list."""
+    """Bootstraps Raft once, when every expected server is here and agrees."""
 
-    def __init__(self, raft: RaftDriver, servers: ServerList, *, node_id: str, expect: int) -> None:
+    def __init__(self, raft: RaftDriver, servers: ServerList, pool: RpcPool, *, node_id: str, expect: int) -> None:
         self._raft = raft
         self._servers = servers
+        self._pool = pool
         self._node_id = node_id
         self._expect = expect
-        self._done = False
         self._complained: set[str] = set()
 
-    def check(self) -> None:
-        """Bootstraps if it is time; cheap when it is not."""
-        if self._done:
-            return
-        if self._raft.has_state():
-            self._done = True  # part of a cluster already, perhaps only just now through its leader
-            return
-        if not self._expect:
-            return
-        voters = self._agreed_voters()
-        if voters is None:
-            return
-        self._done = True
-        if self._raft.bootstrap({server.node_id: join_address(server.address) for server in voters}):
-            names = ", ".join(server.name for server in voters)
-            _LOG.info("found the expected %d servers, bootstrapping the cluster: %s", self._expect, names)
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until this server has state: because it began, or because a leader has taken it in."""
+        task_status.started()
+        while self._expect and not self._raft.has_state():
+            changed = self._servers.changed
+            candidates = self.candidates()
+            if candidates and candidates[0] == self._node_id and await self._everyone_agrees(candidates):
+                self._begin(candidates)
+                return
+            with trio.move_on_after(RETRY_S):
+                await changed()
 
-    def _agreed_voters(self) -> tuple[ServerMember, ...] | None:
-        """Exactly the expected servers, all alive and expecting the same; None while that is not so."""
+    def candidates(self) -> tuple[str, ...]:
+        """The IDs of those that would be the first voters, sorted; empty while there are too few, or they disagree."""
         alive = [server for server in self._servers.all() if server.alive]
         for server in alive:
             if server.expect not in (0, self._expect):
@@ -46,20 +54,42 @@ class Bootstrapper:
                     f"{server.name} has bootstrap_expect {server.expect}, this server has {self._expect}: not "
                     "bootstrapping; give all servers of the datacenter the same bootstrap_expect and restart them"
                 )
-                return None
-        voters = [server for server in alive if server.expect == self._expect]
-        if self._node_id not in {server.node_id for server in voters} or len(voters) < self._expect:
-            return None
-        if len(voters) > self._expect:
-            # Which of them start is then a matter of what each has heard so far, so they could choose differently.
-            self._complain(
-                f"{len(voters)} servers are here and {self._expect} are expected: not bootstrapping; set "
-                f"bootstrap_expect to {len(voters)} on all of them, or start only {self._expect} at first"
-            )
-            return None
-        return tuple(sorted(voters, key=lambda server: server.node_id))
+                return ()
+        expecting = sorted(server.node_id for server in alive if server.expect == self._expect)
+        return tuple(expecting[: self._expect]) if len(expecting) >= self._expect else ()
+
+    async def _everyone_agrees(self, candidates: tuple[str, ...]) -> bool:
+        others = [server for server in self._servers.all() if server.alive and server.node_id != self._node_id]
+        agreed: list[bool] = []
+
+        async def ask(server: ServerMember) -> None:
+            agreed.append(await self._agrees(server, candidates))
+
+        async with trio.open_nursery() as nursery:
+            for server in others:
+                nursery.start_soon(ask, server)
+        # What was heard meanwhile may have changed the candidates.
+        return all(agreed) and candidates == self.candidates() and not self._raft.has_state()
+
+    async def _agrees(self, server: ServerMember, candidates: tuple[str, ...]) -> bool:
+        try:
+            data = await self._pool.call(server.address, CALLS.encode(BootstrapCall()), timeout_s=ANSWER_S)
+            answer: BootstrapAnswer = BOOTSTRAP_ANSWERS.decode(data)
+        except MeshError as error:
+            _LOG.debug("asking %s before bootstrapping: %s", server.name, error)
+            return False
+        if answer.has_state:
+            self._complain(f"{server.name} is part of a cluster already: waiting for its leader to add this server")
+            return False
+        return server.node_id not in candidates or answer.candidates == candidates
+
+    def _begin(self, candidates: tuple[str, ...]) -> None:
+        voters = [server for server in map(self._servers.get, candidates) if server is not None]
+        if self._raft.bootstrap({server.node_id: join_address(server.address) for server in voters}):
+            names = ", ".join(server.name for server in voters)
+            _LOG.info("found the expected servers, bootstrapping the cluster with %s", names)
 
     def _complain(self, text: str) -> None:
         if text not in self._complained:
             self._complained.add(text)
-            _LOG.error(text)
+            _LOG.warning(text)

@@ -226,7 +226,10 @@ class ServerCluster(Cluster):
             build=CONSUL_API_VERSION,
         )
         self.gossip = self._make_gossip(self._tags)
-        self._bootstrapper = Bootstrapper(self.raft, self.servers, node_id=node_id, expect=config.bootstrap_expect)
+        self._bootstrapper = Bootstrapper(
+            self.raft, self.servers, self._pool, node_id=node_id, expect=config.bootstrap_expect
+        )
+        self.backend.set_candidates(self._bootstrapper.candidates)
         self._duties = self._make_duties()
         self.subscribe(self._duties.handle_event)
         self._add_gauges()
@@ -288,8 +291,8 @@ class ServerCluster(Cluster):
                 await nursery.start(self.watches.run)
                 await nursery.start(self.raft.run)
                 await nursery.start(self.rpc.serve, self._listeners)
-                self.servers.subscribe(self._bootstrapper.check)
                 await nursery.start(self.gossip.run)
+                await nursery.start(self._bootstrapper.run)
                 await nursery.start(self._duties.run)
                 nursery.start_soon(self._announce_cluster)
                 task_status.started()

@@ -36,7 +36,11 @@ class StatusCall(msgspec.Struct, frozen=True, tag="status"):
     """Who leads, and who votes?"""
 
 
-ServerCall = ApplyCall | ReadCall | SignLeafCall | StatusCall
+class BootstrapCall(msgspec.Struct, frozen=True, tag="bootstrap"):
+    """Are you part of a cluster, and with whom would you start one?"""
+
+
+ServerCall = ApplyCall | ReadCall | SignLeafCall | StatusCall | BootstrapCall
 
 
 class ReadAnswer(msgspec.Struct, frozen=True):
@@ -53,9 +57,17 @@ class StatusAnswer(msgspec.Struct, frozen=True):
     peers: tuple[str, ...]
 
 
+class BootstrapAnswer(msgspec.Struct, frozen=True):
+    """`candidates`: node IDs, sorted; empty while the expected servers are not all here."""
+
+    has_state: bool
+    candidates: tuple[str, ...] = ()
+
+
 CALLS: Codec[ServerCall] = Codec(ServerCall)
 READ_ANSWERS: Codec[ReadAnswer] = Codec(ReadAnswer)
 STATUS_ANSWERS: Codec[StatusAnswer] = Codec(StatusAnswer)
+BOOTSTRAP_ANSWERS: Codec[BootstrapAnswer] = Codec(BootstrapAnswer)
 LEAF_ANSWERS: Codec[IssuedLeaf] = Codec(IssuedLeaf)
 
 

@@ -12,10 +12,13 @@ from agent.membership import ServerList, join_address, split_address
 from agent.raft_driver import RaftDriver
 from agent.rpc import Address, RpcPool
 from agent.rpc_calls import (
+    BOOTSTRAP_ANSWERS,
     CALLS,
     LEAF_ANSWERS,
     STATUS_ANSWERS,
     ApplyCall,
+    BootstrapAnswer,
+    BootstrapCall,
     ReadCall,
     ServerCall,
     SignLeafCall,
@@ -69,9 +72,14 @@ class ServerBackend:
         self._metrics = metrics
         self._hold_s = hold_s
         self._sign_leaf: SignLeaf | None = None
+        self._candidates: Callable[[], tuple[str, ...]] = tuple
         self._forwarded: dict[trio.CancelScope, tuple[str, float]] = {}  # -> whom it was sent to, grace
         leadership.subscribe(watches.wake_everyone)
         leadership.subscribe(self._give_up_on_deposed)
+
+    def set_candidates(self, candidates: Callable[[], tuple[str, ...]]) -> None:
+        """Who says with whom this server would start a new cluster."""
+        self._candidates = candidates
 
     def set_signer(self, sign_leaf: SignLeaf | None) -> None:
         """Who signs leaves here while this server leads."""
@@ -144,6 +152,8 @@ class ServerBackend:
                 return encode_answer(asked, await self._read(asked, options, forwarded=forwarded))
             case SignLeafCall(csr_der, forwarded):
                 return LEAF_ANSWERS.encode(await self._sign(csr_der, forwarded=forwarded))
+            case BootstrapCall():
+                return BOOTSTRAP_ANSWERS.encode(BootstrapAnswer(self._raft.has_state(), self._candidates()))
             case StatusCall():
                 return STATUS_ANSWERS.encode(StatusAnswer(await self.leader_address(), await self.peer_addresses()))
 

@@ -119,6 +119,30 @@ async def test_servers_that_expect_different_numbers_do_not_bootstrap(caplog):
         assert not any(agent.cluster.raft.has_state() for agent in cluster.servers())
 
 
+async def test_five_servers_that_expect_three_make_one_cluster_of_five():
+    async with world(expect=3) as cluster:
+        async with trio.open_nursery() as nursery:
+            for number in range(1, 6):
+                nursery.start_soon(cluster.start_server, f"s{number}")
+        for agent in cluster.servers():
+            await agent.cluster.gossip.join(["{}:{}".format(*one.cluster.gossip.address) for one in cluster.servers()])
+        leader = await cluster.wait_for_leader()
+        everyone = {f"id-s{number}" for number in range(1, 6)}
+        await until(lambda: set(leader.cluster.raft.status.voters) == everyone)
+        await until(
+            lambda: {agent.cluster.leadership.leader_id for agent in cluster.servers()} == {leader.cluster.node_id}
+        )
+
+
+async def test_a_new_server_waits_for_a_cluster_that_exists_instead_of_starting_one():
+    async with three_servers() as cluster:
+        await cluster.agents["s1"].leave()
+        fresh = await cluster.start_server("a0")  # the lowest ID, and with it three that expect three
+        leader = await cluster.wait_for_leader()
+        await until(lambda: fresh.cluster.node_id in leader.cluster.raft.status.voters)
+        assert fresh.cluster.leadership.leader_id in ("id-s2", "id-s3")
+
+
 async def test_two_clusters_that_meet_do_not_merge(caplog):
     async with world(expect=1) as cluster:
         first = await cluster.start_server("s1")
