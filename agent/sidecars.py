@@ -5,6 +5,7 @@ milliseconds later so that a burst of changes makes one. Servers that are away c
 """
 
 import logging
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
@@ -122,6 +123,7 @@ class SidecarManager:
         self._refused: dict[str, SidecarConfig] = {}
         self._told = False  # the worker of now has what is in `_accepted`
         self._caught_up = False  # this manager knows at least as much as the worker; see _may_push
+        self._rendered: dict[str, tuple[tuple[object, ...], SidecarConfig | None]] = {}
         self._warned: dict[str, tuple[str, ...]] = {}
         self._dirty = trio.Event()
         self._stale = trio.Event()  # the local services changed
@@ -174,11 +176,15 @@ class SidecarManager:
     def _reconcile(self, nursery: trio.Nursery) -> None:
         """Starts the watches and holds the leaves that the local services need now, and ends the others."""
         services = {service.service_id: service for service in self._services.services()}
-        self._sidecars = {
-            service_id: _Sidecar(service, service.proxy, _application_port(service.proxy, services))
-            for service_id, service in sorted(services.items())
-            if service.kind == "connect-proxy" and service.proxy is not None
-        }
+        former, self._sidecars = self._sidecars, {}
+        for service_id, service in sorted(services.items()):
+            if service.kind == "connect-proxy" and service.proxy is not None:
+                sidecar = _Sidecar(service, service.proxy, _application_port(service.proxy, services))
+                # The same object as before where nothing changed: see _render_one.
+                self._sidecars[service_id] = former[service_id] if former.get(service_id) == sidecar else sidecar
+        for proxy_id in self._rendered.keys() - self._sidecars.keys():
+            del self._rendered[proxy_id]
+            self._warned.pop(proxy_id, None)
         wanted = {
             encode(query): query for sidecar in self._sidecars.values() for query in sidecar.queries(self._datacenter)
         }
@@ -240,24 +246,36 @@ class SidecarManager:
         rendered: dict[str, SidecarConfig] = {}
         for proxy_id, sidecar in self._sidecars.items():
             leaf = self._leaf(sidecar.proxy.destination_service_name)
+            answers = [self._answer(query) for query in sidecar.queries(self._datacenter)]
             config = None
             # Without an identity or the rules it would serve nobody, or everybody.
-            if leaf is not None and all(self._answer(query) for query in sidecar.queries(self._datacenter)):
-                config = self._render_one(proxy_id, self._facts(sidecar, leaf))
+            if leaf is not None and all(answers):
+                config = self._render_one(proxy_id, sidecar, leaf, (sidecar, leaf, self._leaves.roots, *answers))
             config = config or self._accepted.get(proxy_id)
             if config is not None:
                 rendered[proxy_id] = config
         return dict(list(rendered.items())[:SIDECARS_MAX])
 
-    def _render_one(self, proxy_id: str, facts: SidecarFacts) -> SidecarConfig | None:
-        result = render(facts)
+    def _render_one(
+        self, proxy_id: str, sidecar: _Sidecar, leaf: Leaf, sources: tuple[object, ...]
+    ) -> SidecarConfig | None:
+        """The configuration, or None when it cannot be served. `sources` is all that it is made of: while each is the
+        same object as last time so is the result, and a host with many sidecars renders only what has changed.
+        """
+        former = self._rendered.get(proxy_id)
+        if former is not None and len(former[0]) == len(sources) and all(map(operator.is_, former[0], sources)):
+            return former[1]
+        result = render(self._facts(sidecar, leaf))
+        config: SidecarConfig | None = result.config
+        warnings = result.warnings
         try:
             check(WorkerConfig(0, (result.config,)))
         except ConfigError as error:
-            self._warn(proxy_id, (*result.warnings, f"its registration cannot be served: {error}"))
-            return None
-        self._warn(proxy_id, result.warnings)
-        return result.config
+            config = None
+            warnings = (*warnings, f"its registration cannot be served: {error}")
+        self._warn(proxy_id, warnings)
+        self._rendered[proxy_id] = (sources, config)
+        return config
 
     def _facts(self, sidecar: _Sidecar, leaf: Leaf) -> SidecarFacts:
         destination = sidecar.proxy.destination_service_name
