@@ -22,7 +22,11 @@ class GoCommand(click.Command):
         super().__init__(*args, **{"context_settings": settings, **kwargs})  # type: ignore[arg-type]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _normalise(ctx, args, self.get_params(ctx)))
+        normalised, switched_off = _normalise(ctx, args, self.get_params(ctx))
+        rest = super().parse_args(ctx, normalised)
+        # Not given and given as false differ: the latter turns off what a configuration file turned on.
+        ctx.params.update(dict.fromkeys(switched_off, False))
+        return rest
 
 
 class GoGroup(click.Group):
@@ -35,11 +39,14 @@ class GoGroup(click.Group):
         super().__init__(*args, **{"context_settings": settings, **kwargs})  # type: ignore[arg-type]
 
 
-def _normalise(ctx: click.Context, args: list[str], params: list[click.Parameter]) -> list[str]:
-    """One dash before every flag, boolean flags without a value; everything from the first argument on untouched."""
+def _normalise(ctx: click.Context, args: list[str], params: list[click.Parameter]) -> tuple[list[str], set[str]]:
+    """One dash before every flag, no value after a switch, everything from the first argument on untouched; and the
+    parameters of the switches that were given as false.
+    """
     options = {name: param for param in params if isinstance(param, click.Option) for name in param.opts}
     rest = list(args)
     flags: list[str] = []
+    switched_off: set[str] = set()
     while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
         name, equals, value = rest.pop(0).partition("=")
         if name.startswith("--"):
@@ -53,11 +60,13 @@ def _normalise(ctx: click.Context, args: list[str], params: list[click.Parameter
                 raise click.BadParameter(f"{value!r} is not true or false", param_hint=name)
             if value.lower() in _TRUE:
                 flags.append(name)
+            elif option.name is not None:
+                switched_off.add(option.name)
             continue
         flags.append(name + equals + value)
         if not option.is_flag and not equals and rest:
             flags[-1] = f"{name}={rest.pop(0)}"
-    return flags + rest
+    return flags + rest, switched_off
 
 
 def format_flag(function: F) -> F:

@@ -26,6 +26,10 @@ def test_a_switch_can_be_turned_off() -> None:
     assert put.make_context("put", ["-cas=false", "key"]).params["cas"] is False
 
 
+def test_a_switch_turned_off_differs_from_one_not_given() -> None:
+    assert agent.make_context("agent", ["-server=false"]).params["server"] is False
+
+
 def test_the_first_argument_ends_the_flags() -> None:
     params = put.make_context("put", ["key", "-5"]).params
     assert (params["key"], params["data"]) == ("key", "-5")
