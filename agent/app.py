@@ -111,8 +111,15 @@ class Agent:
         self._cluster = await self._make_cluster()
         self._peers = KnownPeers(self._cluster.gossip, config.data_dir, self._own_gossip_addresses())
         self._cluster.subscribe(self._peers.handle_event)
+        host = self._make_host()
+        try:
+            await self._serve_until_stopped(host)
+        finally:
+            await host.stop(drain=False)  # also when the start failed; it waits for nothing
+        _LOG.info("%s stopped", config.node_name)
+
+    async def _serve_until_stopped(self, host: Host) -> None:
         async with trio.open_nursery() as nursery:
-            host = self._make_host()
             await host.load()
             await nursery.start(self._cluster.run)
             await nursery.start(host.run)
@@ -131,7 +138,6 @@ class Agent:
                 # Only after the others have heard that this node leaves: until then they send to its sidecars.
                 await host.stop(drain=self._has_left)
             nursery.cancel_scope.cancel()
-        _LOG.info("%s stopped", config.node_name)
 
     async def _make_cluster(self) -> ServerCluster | ClientCluster:
         if self._config.server:
