@@ -244,14 +244,17 @@ class Connection:
         pieces: list[bytes] = []
         ended = False
         try:
-            while True:
-                data = tls.read(READ_BYTES)
-                if not data:
-                    ended = True
-                    break
+            data = tls.read(READ_BYTES)
+            if data and not self._incoming.pending and not self._outgoing.pending and not self.saw_eof:
+                self.data_received(data)  # one whole record, as nearly always
+                return
+            while data:
                 pieces.append(data)
                 if not self._incoming.pending:
                     break  # a whole record was returned each time, so nothing decrypted is left behind
+                data = tls.read(READ_BYTES)
+            else:
+                ended = True
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLZeroReturnError:

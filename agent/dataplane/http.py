@@ -1,5 +1,6 @@
 """HTTP on either side of a sidecar: the accepted connection, and what inbound and outbound services share."""
 
+import bisect
 import socket
 import time
 from collections.abc import Sequence
@@ -7,14 +8,14 @@ from typing import Protocol
 
 from agent.dataplane.access_log import AccessLog
 from agent.dataplane.connection import Connection
-from agent.dataplane.metrics import ListenerMetrics
+from agent.dataplane.metrics import LATENCY_BOUNDS_MS, ListenerMetrics
 from agent.dataplane.reactor import Reactor
 from agent.dataplane.target import Target
-from agent.dataplane.tracing import Span, TraceContext, Tracer, is_traceparent
+from agent.dataplane.tracing import Span, TraceContext, Tracer
 from mesh.http.h1 import END, Rejected, RequestEvent, ServerConnection
 from mesh.http.head import RequestHead
 from mesh.proxy.access_log import LogRecord
-from mesh.proxy.exchange import DENIED, Channel, Exchange
+from mesh.proxy.exchange import DENIED, Exchange
 from mesh.proxy.relay import Relay
 from mesh.proxy.sidecar_config import IDLE_TIMEOUT_S
 
@@ -46,7 +47,7 @@ class Service(Protocol):
 class HttpAccepted(Connection):
     """A connection that a client opened to one of our listeners: requests in, one exchange at a time, in order."""
 
-    __slots__ = ("_backlog", "_codec", "_head_began", "_processing", "_relay", "exchange", "peer", "service", "source")
+    __slots__ = ("_backlog", "_head_began", "_processing", "_relay", "codec", "exchange", "peer", "service", "source")
 
     def __init__(self, reactor: Reactor, sock: socket.socket, service: Service, peer: str) -> None:
         super().__init__(reactor, sock)
@@ -54,16 +55,11 @@ class HttpAccepted(Connection):
         self.peer = peer
         self.source = ""  # the caller's service, once identified
         self.exchange: Exchange | None = None
-        self._codec = ServerConnection()
+        self.codec = ServerConnection()
         self._backlog: Sequence[RequestEvent] = ()
         self._processing = False
         self._head_began = False
         self._relay: Relay | None = None
-
-    @property
-    def codec(self) -> ServerConnection:
-        """The HTTP state of this connection."""
-        return self._codec
 
     def start(self) -> None:
         """Waits for a first request."""
@@ -83,26 +79,31 @@ class HttpAccepted(Connection):
             self.deadline = self.reactor.now + RELAY_TIMEOUT_S
             self._relay.received(self, data)
             return
-        events = self._codec.receive_data(data)
+        events = self.codec.receive_data(data)
         if self._backlog:
             self._backlog = (*self._backlog, *events)
             self.pause_reading()
             return
         if events:
             self._process(events)
-        if self.exchange is None and not self.closed:
-            self._await_head()
-        elif len(self._codec.unparsed) > HELD_BYTES_MAX:
+        if self.exchange is None:
+            if not self.closed:
+                self._await_head()
+        elif len(self.codec.unparsed) > HELD_BYTES_MAX:
             self.pause_reading()
 
     def _await_head(self) -> None:
-        if not self._codec.mid_message:
+        if not self.codec.mid_message:
             self.deadline = self.reactor.now + KEEP_ALIVE_TIMEOUT_S
         elif not self._head_began:
             self._head_began = True
             self.set_deadline(self.reactor.now + HEAD_TIMEOUT_S)
 
     def _process(self, events: Sequence[RequestEvent]) -> None:
+        if len(events) == 2 and events[1] is END and type(events[0]) is RequestHead and self.exchange is None:
+            self._head_began = False
+            self.service.begin(self, events[0], b"", ended=True)  # a whole request in one read, as most are
+            return
         self._processing = True
         position, count = 0, len(events)
         while position < count and not self.closed:
@@ -113,7 +114,7 @@ class HttpAccepted(Connection):
                 position, body, ended = _fold(events, position + 1)
                 self._head_began = False
                 exchange = self.service.begin(self, event, body, ended=ended)
-                if self._codec.must_close and exchange.done:
+                if self.codec.must_close and exchange.done:
                     position = count  # whatever follows is not read: see exchange_done
                 continue
             if type(event) is Rejected:
@@ -144,7 +145,7 @@ class HttpAccepted(Connection):
                 return
         self.service.metrics.requests += 1
         self.service.metrics.classes[4 if rejected.status < 500 else 5] += 1
-        self.write(self._codec.reject(rejected))
+        self.write(self.codec.reject(rejected))
         self.close(linger=True)
 
     def exchange_done(self, *, close: bool) -> None:
@@ -160,11 +161,12 @@ class HttpAccepted(Connection):
         self.deadline = self.reactor.now + KEEP_ALIVE_TIMEOUT_S
         if self._processing:
             return
-        events, self._backlog = self._backlog, ()
-        self.resume_reading()
-        if events:
-            self._process(events)
-        if self.exchange is None and not self.closed:
+        if self._paused:
+            events, self._backlog = self._backlog, ()
+            self.resume_reading()
+            if events:
+                self._process(events)
+        if self.exchange is None and not self.closed and self.codec.mid_message:
             self._await_head()
 
     def resume_reading(self) -> None:
@@ -208,7 +210,7 @@ class HttpAccepted(Connection):
             self.abort()
         elif self.exchange is not None:
             self.exchange.timed_out()
-        elif self._codec.mid_message:
+        elif self.codec.mid_message:
             self._refuse(_TIMED_OUT)
         else:
             self.service.metrics.idle_timeouts += 1
@@ -258,13 +260,17 @@ class HttpService:
         self.inbound = False
         self.request_timeout_s = 0.0
         self.access_log: AccessLog | None = None
+        self.acquire = target.acquire  # for exchanges: straight to the target, nothing is added here
+        self.release = target.release
+        self.give_up = target.give_up
         self.accepted: set[HttpAccepted] = set()
 
     # ---- for accepted connections
 
     def begin(self, accepted: HttpAccepted, request: RequestHead, body: bytes, *, ended: bool) -> Exchange:
         """Authorises and starts an exchange."""
-        exchange = Exchange(accepted, self, request, self.reactor.time())
+        # The batch's time: what waits for its turn in this process has been waiting since then.
+        exchange = Exchange(accepted, self, request, self.reactor.now)
         accepted.exchange = exchange
         self.metrics.requests += 1
         self.target.begin(exchange)
@@ -274,7 +280,7 @@ class HttpService:
             accepted.set_deadline(self.reactor.now + IDLE_TIMEOUT_S)
         if self.draining:
             accepted.codec.must_close = True
-        if not self.allowed(accepted):
+        if self.inbound and not self.allowed(accepted):
             self.metrics.denied += 1
             exchange.request_ended = ended
             exchange.fail(DENIED)
@@ -313,9 +319,7 @@ class HttpService:
             headers = (*(pair for pair in headers if pair[0] != b"traceparent"), (b"traceparent", span.header))
         elif traceparent is None:
             headers += ((b"traceparent", self.tracer.start()),)
-        elif not is_traceparent(traceparent):  # nobody could follow it: begin anew (W3C Trace Context section 4.3)
-            headers = tuple(pair for pair in headers if pair[0] not in (b"traceparent", b"tracestate"))
-            headers += ((b"traceparent", self.tracer.start()),)
+        # One that is there passes as it is, well-formed or not: we take no part in that trace.
         if headers is request.headers:
             return request
         return RequestHead(
@@ -326,33 +330,22 @@ class HttpService:
 
     # ---- for exchanges
 
-    def acquire(self, exchange: Exchange) -> None:
-        """Exchange callback."""
-        self.target.acquire(exchange)
-
-    def release(self, exchange: Exchange, channel: Channel, *, reusable: bool) -> None:
-        """Exchange callback."""
-        self.target.release(exchange, channel, reusable=reusable)
-
-    def give_up(self, exchange: Exchange) -> None:
-        """Exchange callback."""
-        self.target.give_up(exchange)
-
     def finished(self, exchange: Exchange) -> None:
         """Exchange callback: the accounts."""
         ended_at = self.reactor.time()
         latency_ms = (ended_at - exchange.started_at) * 1000.0
+        bucket = bisect.bisect_left(LATENCY_BOUNDS_MS, latency_ms)
         kind = exchange.status // 100
         metrics = self.metrics
         metrics.classes[kind] += 1
-        metrics.latency.observe(latency_ms)
+        metrics.latency.observe(latency_ms, bucket)
         metrics.bytes_received += exchange.bytes_received
         metrics.bytes_sent += exchange.bytes_sent
         target = self.target
         target.end(exchange)
         if exchange.attempts:
             target.metrics.classes[kind] += 1
-            target.metrics.latency.observe(latency_ms)
+            target.metrics.latency.observe(latency_ms, bucket)
         if self.access_log is not None:
             self.access_log.add(self._record(exchange, ended_at))
         if isinstance(exchange.context, TraceContext):

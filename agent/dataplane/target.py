@@ -109,44 +109,35 @@ class Dialed(Connection):
 class HttpDialed(Dialed):
     """A channel: carries one exchange at a time, or is idle in its endpoint's pool."""
 
-    __slots__ = ("_closing_after", "_codec", "_opened_at", "_relay", "_requests", "exchange", "reused")
+    __slots__ = ("_opened_at", "_relay", "codec", "exchange", "requests", "reused")
 
     def __init__(self, reactor: Reactor, sock: socket.socket, endpoint: "Endpoint", exchange: Exchange | None) -> None:
         super().__init__(reactor, sock, endpoint)
-        self._codec = ClientConnection()
+        self.codec = ClientConnection()
         self.exchange = exchange
         self.reused = False
-        self._requests = 0
+        self.requests = 0
         self._opened_at = reactor.now
         self._relay: Relay | None = None
-
-    @property
-    def codec(self) -> ClientConnection:
-        """The HTTP state of this connection."""
-        return self._codec
 
     @property
     def age_s(self) -> float:
         """Seconds since it began to connect."""
         return self.reactor.now - self._opened_at
 
-    @property
-    def requests(self) -> int:
-        """How many it has carried."""
-        return self._requests
-
     def use(self, exchange: Exchange) -> None:
         """Carries an exchange from now on."""
         self.exchange = exchange
-        self.reused = self._requests > 0
-        self._requests += 1
+        self.reused = self.requests > 0
+        self.requests += 1
         self.deadline = float("inf")
         exchange.channel_ready(self)
 
     def rest(self) -> None:
         """Idle: it may stay so for a while."""
         self.exchange = None
-        self.resume_reading()
+        if self._paused:
+            self.resume_reading()
         self.set_deadline(self.reactor.now + IDLE_TIMEOUT_S)
 
     def relay_begins(self, relay: Relay) -> None:
@@ -167,12 +158,15 @@ class HttpDialed(Dialed):
         if self._relay is not None:
             self._relay.received(self, data)
             return
-        events = self._codec.receive_data(data)
+        events = self.codec.receive_data(data)
         exchange = self.exchange
         if exchange is None:
             self.abort()  # bytes with no request in flight: this connection is out of step
             return
-        self._deliver(exchange, events)
+        if len(events) == 3 and events[2] is END and type(events[0]) is ResponseHead and type(events[1]) is bytes:
+            exchange.response(events[0], events[1], ended=True)  # a whole response in one read, as most are
+        else:
+            self._deliver(exchange, events)
 
     def _deliver(self, exchange: Exchange, events: Sequence[ResponseEvent]) -> None:
         head: ResponseHead | None = None
@@ -205,7 +199,7 @@ class HttpDialed(Dialed):
         if exchange is None:
             self.close()
             return
-        events = self._codec.receive_eof()
+        events = self.codec.receive_eof()
         if events and events[0] is END:
             exchange.response(None, b"", ended=True)
         else:

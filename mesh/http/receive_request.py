@@ -6,7 +6,7 @@ from mesh.errors import ProtocolError
 from mesh.http.events import END, Rejected, RequestEvent
 from mesh.http.head import HOP_BY_HOP, RequestHead, is_authority, tokens
 from mesh.http.path import normalize_path
-from mesh.http.receiver import Receiver, Refusal, read_content_length
+from mesh.http.receiver import Receiver, Refusal, read_content_length, without_nominated
 
 TARGET_BYTES_MAX = 8 * 1024  # RFC 9112 section 3 asks for at least 8000
 
@@ -56,8 +56,7 @@ class RequestReceiver(Receiver[httptools.HttpRequestParser]):
             raise Refusal(400, "the connection takes no further request")
         self._in_head = True
         self._target = b""
-        self._plain = []
-        self._special = []
+        self._raw = []
 
     def on_url(self, url: bytes) -> None:
         """llhttp callback."""
@@ -65,20 +64,10 @@ class RequestReceiver(Receiver[httptools.HttpRequestParser]):
         if len(self._target) > TARGET_BYTES_MAX and not self._resumed:
             raise Refusal(414, f"the request target is longer than {TARGET_BYTES_MAX} bytes")
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """llhttp callback; trailers come here too, and are dropped."""
-        if self._in_head and not self._resumed:
-            name = name.lower()
-            if name in _SPECIAL:
-                self._special.append((name, value))
-            else:
-                self._plain.append((name, value.rstrip(b" \t")))
-
     def on_headers_complete(self) -> None:
         """llhttp callback."""
         if self._resumed:
             return
-        self._check_head_size(len(self._target))
         head = self._read_head()
         self._in_head = False
         self._fed_in_head = 0
@@ -86,7 +75,7 @@ class RequestReceiver(Receiver[httptools.HttpRequestParser]):
         self._body_overhead = 0
         self._events.append(head)
         self._last_head = head
-        if self._parser.should_upgrade() and not head.upgrade and head.has_body:
+        if head.has_body and self._parser.should_upgrade():
             self._skip_end = True  # llhttp ends the message here; its body is still to come
 
     def on_message_complete(self) -> None:
@@ -126,12 +115,13 @@ class RequestReceiver(Receiver[httptools.HttpRequestParser]):
         if version not in ("1.1", "1.0"):
             raise Refusal(505, f"HTTP version {version} is not supported")
         http_minor = 1 if version == "1.1" else 0
+        plain, special = self._split_headers(_SPECIAL, len(self._target))
         authority: bytes | None = None
         content_length: int | None = None
         chunked = expects_continue = te_trailers = False
         connection: tuple[bytes, ...] = ()
         upgrade = b""
-        for name, raw_value in self._special:
+        for name, raw_value in special:
             value = raw_value.rstrip(b" \t")
             if name == b"host":
                 if authority is not None:
@@ -165,7 +155,7 @@ class RequestReceiver(Receiver[httptools.HttpRequestParser]):
             keep_alive = False  # HTTP/1.0 persistence is an extension no peer of ours needs
         return RequestHead(
             method, path, query, authority,
-            self._nominated_removed(connection) if connection else tuple(self._plain),
+            without_nominated(plain, connection) if connection else tuple(plain),
             content_length, chunked, keep_alive, http_minor, expects_continue, upgrade, te_trailers,
         )  # fmt: skip
 

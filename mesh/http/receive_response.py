@@ -4,7 +4,7 @@ import httptools
 
 from mesh.http.events import END, Rejected, ResponseEvent
 from mesh.http.head import HOP_BY_HOP, RequestHead, ResponseHead, response_has_body, tokens
-from mesh.http.receiver import HEAD_BYTES_MAX, Receiver, Refusal, read_content_length
+from mesh.http.receiver import HEAD_BYTES_MAX, Receiver, Refusal, read_content_length, without_nominated
 
 INFORMATIONAL_MAX = 10  # 1xx heads before a final one
 
@@ -107,26 +107,13 @@ class ResponseReceiver(Receiver[httptools.HttpResponseParser]):
         if not self._method:
             raise Refusal(502, "bytes follow the response")
         self._in_head = True
-        self._plain = []
-        self._special = []
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """llhttp callback; trailers come here too, and are dropped."""
-        if self._in_head:
-            name = name.lower()
-            if name in _SPECIAL:
-                self._special.append((name, value))
-            else:
-                self._plain.append((name, value.rstrip(b" \t")))
+        self._raw = []
 
     def on_headers_complete(self) -> None:
         """llhttp callback."""
-        self._check_head_size(0)
         status = self._parser.get_status_code()
         if not 100 <= status <= 599:
             raise Refusal(502, f"status {status} is outside 100 to 599")
-        if self._parser.get_http_version() not in ("1.1", "1.0"):
-            raise Refusal(502, "the HTTP version of the response is not supported")
         self._in_head = False
         self._fed_in_head = 0
         head, chunked = self._read_head(status)
@@ -152,11 +139,15 @@ class ResponseReceiver(Receiver[httptools.HttpResponseParser]):
             self._events.append(END)
 
     def _read_head(self, status: int) -> tuple[ResponseHead, bool]:
+        version = self._parser.get_http_version()
+        if version not in ("1.1", "1.0"):
+            raise Refusal(502, "the HTTP version of the response is not supported")
+        plain, special = self._split_headers(_SPECIAL, 0)
         content_length: int | None = None
         chunked = False
         connection: tuple[bytes, ...] = ()
         upgrade = b""
-        for name, raw_value in self._special:
+        for name, raw_value in special:
             value = raw_value.rstrip(b" \t")
             if name == b"content-length":
                 content_length = read_content_length(value)
@@ -170,13 +161,12 @@ class ResponseReceiver(Receiver[httptools.HttpResponseParser]):
                 upgrade = value.lower()
             elif b"_" in name:
                 raise Refusal(502, f"a header named {name.decode()} is not accepted")
-        http_minor = self._parser.get_http_version() == "1.1"
-        keep_alive = b"close" not in connection if http_minor else b"keep-alive" in connection
+        keep_alive = b"close" not in connection if version == "1.1" else b"keep-alive" in connection
         if status == 101 and (not upgrade or upgrade != self._upgrade or b"upgrade" not in connection):
             raise Refusal(502, "a 101 response that does not answer the request's Upgrade")
         head = ResponseHead(
             status,
-            self._nominated_removed(connection) if connection else tuple(self._plain),
+            without_nominated(plain, connection) if connection else tuple(plain),
             content_length,
             b"",
             keep_alive,

@@ -5,12 +5,7 @@ from typing import Generic, TypeVar
 import httptools
 
 from mesh.http.events import EndOfMessage, Rejected
-from mesh.http.head import (
-    NEVER_NOMINATED,
-    Headers,
-    RequestHead,
-    ResponseHead,
-)
+from mesh.http.head import NEVER_NOMINATED, Headers, RequestHead, ResponseHead
 
 HEAD_BYTES_MAX = 60 * 1024  # Envoy's default
 HEADERS_MAX = 100  # Envoy's default
@@ -34,15 +29,14 @@ class Receiver(Generic[Parser]):
     """What both directions share: feeding llhttp, the limits, body and end events."""
 
     __slots__ = (
-        "_body_overhead", "_chunks", "_events", "_fed_in_head", "_in_head", "_large", "_parser", "_plain", "_special",
-        "closed", "unparsed", "upgraded",
+        "_body_overhead", "_chunks", "_events", "_fed_in_head", "_in_head", "_large", "_parser", "_raw", "closed",
+        "unparsed", "upgraded",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self._parser: Parser
         self._events: list[RequestHead | ResponseHead | bytes | EndOfMessage | Rejected] = []
-        self._plain: list[tuple[bytes, bytes]] = []
-        self._special: list[tuple[bytes, bytes]] = []
+        self._raw: list[tuple[bytes, bytes]] = []  # header lines as llhttp gives them
         self._in_head = True
         self._large = False
         self._fed_in_head = 0
@@ -75,13 +69,13 @@ class Receiver(Generic[Parser]):
             except httptools.HttpParserError as error:
                 self._fail(error)
             break
-        if not self.closed:
+        if (self._fed_in_head if self._in_head else self._chunks >= 0) and not self.closed:
             self._check_unfinished()
 
     def _check_unfinished(self) -> None:
         """The limits of what has begun and not ended yet."""
         if self._in_head:
-            if self._fed_in_head > HEAD_BYTES_MAX or len(self._plain) > HEADERS_MAX:
+            if self._fed_in_head > HEAD_BYTES_MAX or len(self._raw) > HEADERS_MAX:
                 self._reject(Rejected(431, "the headers are too large"))
         elif self._chunks >= 0 and (
             self._body_overhead > CHUNK_OVERHEAD_BYTES_MAX + CHUNK_FRAMING_BYTES_MAX * self._chunks
@@ -118,19 +112,30 @@ class Receiver(Generic[Parser]):
         if self.upgraded:
             self.unparsed += data
 
-    def _check_head_size(self, first_line_bytes: int) -> None:
-        if len(self._plain) + len(self._special) > HEADERS_MAX:
+    def _split_headers(
+        self, special_names: frozenset[bytes], first_line_bytes: int
+    ) -> tuple[list[tuple[bytes, bytes]], list[tuple[bytes, bytes]]]:
+        """(headers to pass on, headers the codec reads): names in lower case; values of the latter untrimmed."""
+        raw = self._raw
+        if len(raw) > HEADERS_MAX:
             raise Refusal(431, f"more than {HEADERS_MAX} headers")
-        if self._large:  # only then can the exact sum be over the limit
-            size = first_line_bytes + sum(
-                len(name) + len(value) + 4 for pairs in (self._plain, self._special) for name, value in pairs
-            )
-            if size > HEAD_BYTES_MAX:
-                raise Refusal(431, f"the headers are larger than {HEAD_BYTES_MAX} bytes")
+        # Only when much has been fed can the exact sum be over the limit.
+        if self._large and (first_line_bytes + sum(len(name) + len(value) + 4 for name, value in raw) > HEAD_BYTES_MAX):
+            raise Refusal(431, f"the headers are larger than {HEAD_BYTES_MAX} bytes")
+        plain: list[tuple[bytes, bytes]] = []
+        special: list[tuple[bytes, bytes]] = []
+        for name, value in raw:
+            name = name.lower()
+            if name in special_names:
+                special.append((name, value))
+            else:
+                plain.append((name, value.rstrip(b" \t")))
+        return plain, special
 
-    def _nominated_removed(self, connection: tuple[bytes, ...]) -> Headers:
-        nominated = frozenset(connection) - NEVER_NOMINATED
-        return tuple(pair for pair in self._plain if pair[0] not in nominated)
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """llhttp callback; trailers come here too, and are dropped."""
+        if self._in_head:
+            self._raw.append((name, value))
 
     def on_body(self, data: bytes) -> None:
         """llhttp callback."""
@@ -143,8 +148,15 @@ class Receiver(Generic[Parser]):
         self._chunks += 1
 
 
+def without_nominated(headers: list[tuple[bytes, bytes]], connection: tuple[bytes, ...]) -> Headers:
+    """The headers that a Connection header does not make hop-by-hop."""
+    nominated = frozenset(connection) - NEVER_NOMINATED
+    return tuple(pair for pair in headers if pair[0] not in nominated)
+
+
 def read_content_length(value: bytes) -> int:
-    length = int(value)  # llhttp has checked that it is all digits
+    """The number; llhttp has checked that it is one. Raises Refusal when it is beyond reason."""
+    length = int(value)
     if length > BODY_BYTES_MAX:
         raise Refusal(413, "the Content-Length is too large")
     return length
