@@ -8,6 +8,8 @@ import pytest
 import trio
 from certificates import KEY, NOW_S
 from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from msgspec.structs import replace
 from state_backend import StateBackend, WallClock
 
@@ -18,6 +20,7 @@ from mesh.ca import authority
 from mesh.ca.leaf import pem_to_der
 from mesh.ca.svid import verify_svid
 from mesh.errors import InvalidIdentity, LimitExceeded, NoLeader, Refused
+from mesh.model.ca import IssuedLeaf
 from mesh.model.command import CaRootsSet
 
 LIFE_S = authority.LEAF_LIFETIME_S + authority.BACKDATE_S
@@ -362,6 +365,43 @@ async def test_damaged_stale_or_foreign_files_are_replaced(backend, tmp_path):
     api.write_bytes(sound)  # web's leaf under api's name
     assert files.load("api") is None
     assert files.load("web") is None
+
+
+async def test_leaf_of_another_cluster_in_the_data_directory_is_not_used(backend, tmp_path):
+    async with trio.open_nursery() as first:
+        manager = manager_of(backend, data_dir=tmp_path)
+        await first.start(manager.run)
+        old = await manager.leaf("web")
+        first.cancel_scope.cancel()
+    other = StateBackend(WallClock(NOW_S))
+    await other.authority.ensure_root()
+    async with trio.open_nursery() as second:
+        manager = manager_of(other, data_dir=tmp_path)
+        release = manager.hold("web")
+        await second.start(manager.run)
+        with trio.fail_after(5):
+            while (leaf := manager.current("web")) is None or leaf == old:
+                await trio.sleep(0.01)
+        assert other.fsm.store.cluster_id in leaf.issued.spiffe_id
+        release()
+        second.cancel_scope.cancel()
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**32))
+def test_mutated_leaf_file_is_a_leaf_or_nothing(tmp_path, seed):
+    rng = random.Random(seed)
+    files = LeafFiles(tmp_path)
+    issued = IssuedLeaf("certificate", "01", "spiffe://x/y", 1.0, 2.0, "root")
+    files.save(StoredLeaf("web", "key", issued))
+    path = files._path("web")
+    data = bytearray(path.read_bytes())
+    for _ in range(rng.randrange(4)):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    path.write_bytes(data[: rng.randrange(len(data) + 1)])
+    stored = files.load("web")
+    assert stored is None or stored.service == "web"
+    files.clear_expired(10.0)
 
 
 async def test_expired_and_half_written_files_are_cleared_at_start(backend, tmp_path):

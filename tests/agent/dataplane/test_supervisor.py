@@ -1,6 +1,9 @@
 """The supervisor with real worker processes: started, fed, taken over, restarted, replaced, drained."""
 
+import contextlib
+import itertools
 import os
+import random
 import signal
 import stat
 import sys
@@ -8,15 +11,28 @@ import sys
 import pytest
 import trio
 import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sidecars import Authority, loopback_address
 
 from agent.dataplane import supervisor as supervisor_module
-from agent.dataplane.control import Ack, Configure, Drain, Ping, frame
+from agent.dataplane.control import (
+    REPLIES,
+    Ack,
+    Configure,
+    Drain,
+    FrameReader,
+    Nack,
+    Ping,
+    Pong,
+    StatsReply,
+    frame,
+)
 from agent.dataplane.control_client import ControlClient, connect
 from agent.dataplane.supervisor import WorkerSupervisor
 from agent.dataplane.worker_process import WorkerDirectory
 from agent.runtime import Runtime
-from mesh.errors import ConfigError, Refused, Unreachable
+from mesh.errors import ConfigError, ProtocolError, Refused, Unreachable
 from mesh.proxy.sidecar_config import WorkerConfig
 
 EMPTY = WorkerConfig(version=0)
@@ -286,3 +302,56 @@ async def test_calls_are_limited(tmp_path, nursery, monkeypatch):
             await client.call(Ping(), timeout_s=5)
     with pytest.raises(Exception, match="more than 2 calls"):
         await client.call(Ping(), timeout_s=5)
+
+
+class Bytes(trio.abc.ReceiveStream):
+    """Gives out prepared chunks, then ends."""
+
+    def __init__(self, chunks) -> None:
+        self._chunks = list(chunks)
+
+    async def receive_some(self, max_bytes=None):
+        await trio.lowlevel.checkpoint()
+        return self._chunks.pop(0) if self._chunks else b""
+
+    async def aclose(self):
+        self._chunks.clear()
+
+
+def chunked(data: bytes, rng: random.Random) -> list[bytes]:
+    cuts = sorted({0, len(data), *(rng.randrange(len(data) + 1) for _ in range(rng.randrange(8)))})
+    return [data[a:b] for a, b in itertools.pairwise(cuts)]
+
+
+REPLY_VALUES = [Ack(3), Nack(4, "port taken"), Pong(7, 1.5, 3, "1.0"), StatsReply("a 1\n", {"a": 1.0})]
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 2**32))
+def test_replies_arrive_whole_however_they_are_cut(seed):
+    rng = random.Random(seed)
+    values = [REPLY_VALUES[rng.randrange(4)] for _ in range(rng.randrange(1, 6))]
+
+    async def read_all():
+        reader = FrameReader(Bytes(chunked(b"".join(map(frame, values)), rng)))
+        return [REPLIES.decode(data) for _ in values if (data := await reader.read()) is not None]
+
+    assert trio.run(read_all) == values
+
+
+@settings(max_examples=200)
+@given(st.integers(0, 2**32))
+def test_mutated_replies_are_protocol_errors_or_replies_and_never_anything_else(seed):
+    rng = random.Random(seed)
+    data = bytearray(b"".join(map(frame, REPLY_VALUES)))
+    for _ in range(rng.randint(1, 4)):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    del data[rng.randrange(1, len(data) + 1) :]
+
+    async def read_all():
+        reader = FrameReader(Bytes(chunked(bytes(data), rng)))
+        with contextlib.suppress(ProtocolError):
+            while (payload := await reader.read()) is not None:
+                REPLIES.decode(payload)
+
+    trio.run(read_all)
