@@ -1,14 +1,12 @@
 """The filter grammar and its meaning; and regular expressions against the standard library's."""
 
-import re
 from contextlib import suppress
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import InvalidRequest
-from mesh.state import pattern
 from mesh.state.filter import DEPTH_MAX, EXPRESSION_CHARS_MAX, Filter
 from mesh.state.pattern import Pattern
 
@@ -171,103 +169,24 @@ def test_any_text_parses_or_is_refused(text):
 # Patterns
 
 
-@st.composite
-def patterns(draw: st.DrawFn, depth: int = 3) -> str:
-    kind = draw(st.integers(0, 9 if depth else 4))
-    if kind <= 2:
-        return draw(st.sampled_from("ab1_ -"))
-    if kind == 3:
-        return draw(st.sampled_from([".", "^", "$", r"\b", r"\B", r"\d", r"\w", r"\s", r"\D", r"\W", r"\.", r"\A"]))
-    if kind == 4:
-        return draw(st.sampled_from(["[ab]", "[^a]", "[a-c1]", r"[\d_]", r"[^\w]", "[]a]", "[a-]", "[-a]"]))
-    inner = draw(patterns(depth - 1))
-    if kind == 5:
-        return f"(?:{inner})" + draw(st.sampled_from(["*", "+", "?", "*?", "{2}", "{1,}", "{0,2}", "{1,3}?"]))
-    if kind == 6:
-        return f"({inner}|{draw(patterns(depth - 1))})"
-    if kind == 7:
-        return f"(?i:{inner})"
-    return inner + draw(patterns(depth - 1))
-
-
-@settings(max_examples=400, deadline=None)
-@given(patterns(), st.text(alphabet="abAB1_ -.\n", max_size=8))
-def test_patterns_agree_with_the_standard_library(text, subject):
-    # The library's `\B` never matches in an empty text before Python 3.14.
-    assume(subject or r"\B" not in text)
-    # `$` and `\Z` differ: RE2's `$` is only the very end, which the library writes `\Z`.
-    expected = re.search(text.replace("$", r"\Z"), subject, re.ASCII) is not None
-    assert Pattern(text).search(subject) is expected
-
-
 @pytest.mark.parametrize(
     ("text", "subject", "expected"),
     [
-        (r"\x41\x{42}", "xABx", True),
-        (r"\Qa.b\E+", "a.bb", True),
-        (r"\Qa.b", "axb", False),
-        ("[[:alpha:]]+[[:^digit:]]", "ab", True),
-        ("[[:digit:]]", "ab", False),
-        ("(?i)ABC", "xabcx", True),
-        ("(?i)[a-c]{3}", "ABC", True),
-        ("a(?i)b|c", "aB", True),
-        ("(?i:a)b", "AB", False),
-        ("(?s)a.b", "a\nb", True),
-        ("a.b", "a\nb", False),
-        ("(?m)^b$", "a\nb\nc", True),
-        ("^b$", "a\nb\nc", False),
-        (r"(?P<name>a)\z", "ba", True),
-        ("(?<name>a)", "a", True),
-        ("a{,2}", "a{,2}", True),  # a literal, as in RE2
-        ("{", "{", True),
-        ("", "", True),
-        ("a||b", "", True),
         ("^(web|api)-[0-9]{2,3}$", "api-007", True),
+        ("^b$", "a\nb\nc", False),
+        ("(?m)^b$", "a\nb\nc", True),
+        ("(?i)abc", "xABCx", True),
         ("é", "café", True),
-        ("(?-i)a", "A", False),
+        ("", "", True),
     ],
 )
-def test_patterns_of_re2(text, subject, expected):
+def test_patterns_match_anywhere_in_re2_s_syntax(text, subject, expected):
     assert Pattern(text).search(subject) is expected
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "(",
-        ")",
-        "a)",
-        "[",
-        "[a",
-        "[b-a]",
-        "*",
-        "a**",
-        "a{2}{3}",
-        "a{3,2}",
-        "a{1001}",
-        "(?=a)",
-        "(?!a)",
-        "(?<=a)",
-        "(?>a)",
-        r"(a)\1",
-        "\\",
-        r"\p{L}",
-        r"\x",
-        r"\x{110000}",
-        r"\x{}",
-        r"\q",
-        "(?P<>a)",
-        "(?P<a",
-        "(?",
-        "(?z)",
-        "((a{100}){100}){100}",
-        "(" * 200 + ")" * 200,
-        "a" * 2000,
-        "[[:bogus:]]",
-    ],
-)
+@pytest.mark.parametrize("text", ["(", "a**", "(?=a)", r"(a)\1", "((a{100}){100}){100}", "a" * 2000, "\ud800"])
 def test_patterns_that_re2_lacks_or_that_are_too_large_are_refused(text):
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InvalidRequest, match="error parsing regexp"):
         Pattern(text)
 
 
@@ -279,13 +198,5 @@ def test_any_pattern_compiles_or_is_refused(text):
 
 
 @pytest.mark.parametrize("text", ["(a+)+$", "^(a|a)*$", "(a*)*b", "(.*)*x", "(a?){30}a{30}$"])
-def test_patterns_that_make_a_backtracking_engine_explode_stay_linear(text):
-    compiled = Pattern(text)
-    assert compiled.search("a" * 2000 + "!") is False
-    assert compiled._steps < 2001 * 200
-
-
-def test_search_that_costs_too_much_is_given_up(monkeypatch):
-    monkeypatch.setattr(pattern, "STEPS_MAX", 1000)
-    with pytest.raises(InvalidRequest, match="takes too long"):
-        Pattern("(a?){30}b").search("a" * 500)
+def test_patterns_that_make_a_backtracking_engine_explode_end(text):
+    assert Pattern(text).search("a" * 50_000 + "!") is False
