@@ -89,6 +89,9 @@ class Agent:
         self.metrics = Metrics(runtime.unix_time_s)
         self._stop_asked = trio.Event()
         self._has_left = False
+        self._is_leaving = False
+        self._nursery: trio.Nursery | None = None  # while this agent is a member of its cluster
+        self._scope = trio.CancelScope()  # everything; replaced when `run` begins
         self._cluster: ServerCluster | ClientCluster
         self._peers: KnownPeers
 
@@ -100,7 +103,8 @@ class Agent:
         """See `run_agent`. Raises ConfigError and whatever breaks a part that must not break."""
         with stop_signals() as signals:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._obey, signals, nursery.cancel_scope)
+                self._scope = nursery.cancel_scope
+                nursery.start_soon(self._obey, signals)
                 await self._serve()
                 nursery.cancel_scope.cancel()
         return 0
@@ -122,6 +126,7 @@ class Agent:
         async with trio.open_nursery() as nursery:
             await host.load()
             await nursery.start(self._cluster.run)
+            self._nursery = nursery
             await nursery.start(host.run)
             http = HttpServer(
                 self._routes(host), self._listens(), self._http_settings(), self._runtime, metrics=self.metrics
@@ -179,34 +184,36 @@ class Agent:
     # -- stopping
 
     async def leave(self) -> None:
-        """Leaves the cluster gracefully; the agent stops once the caller has its answer."""
-        if not self._has_left:
-            self._has_left = True
-            _LOG.info("leaving the cluster")
-            await self._cluster.leave()
-            self._peers.forget()
+        """Leaves the cluster gracefully; the agent stops once the caller has its answer, within STOP_DEADLINE_S."""
+        self._scope.deadline = min(self._scope.deadline, trio.current_time() + STOP_DEADLINE_S)
+        if not self._is_leaving and self._nursery is not None:
+            self._is_leaving = True
+            # A task of the agent's own: an API client that goes away must not leave it half gone.
+            self._nursery.start_soon(self._leave)
+        await self._stop_asked.wait()
+
+    async def _leave(self) -> None:
+        _LOG.info("leaving the cluster")
+        await self._cluster.leave()
+        self._peers.forget()
+        self._has_left = True
         self._stop_asked.set()
 
-    async def _obey(self, signals: AsyncIterator[signal.Signals], scope: trio.CancelScope) -> None:
+    async def _obey(self, signals: AsyncIterator[signal.Signals]) -> None:
         """The first signal stops the agent in order, within the deadline; the second at once."""
         config = self._config
         first = await anext(signals)
         _LOG.info("caught signal: %s", first.name)
-        scope.deadline = trio.current_time() + STOP_DEADLINE_S
+        self._scope.deadline = min(self._scope.deadline, trio.current_time() + STOP_DEADLINE_S)
         async with trio.open_nursery() as nursery:
             graceful = config.leave_on_terminate if first is signal.SIGTERM else not config.skip_leave_on_interrupt
-            nursery.start_soon(self._leave_and_stop if graceful else self._stop)
+            if graceful and self._nursery is not None:
+                nursery.start_soon(self.leave)
+            else:
+                self._stop_asked.set()
             second = await anext(signals)
             _LOG.warning("caught signal: %s again; stopping at once", second.name)
-            scope.cancel()
-
-    async def _stop(self) -> None:
-        self._stop_asked.set()
-
-    async def _leave_and_stop(self) -> None:
-        if hasattr(self, "_cluster"):
-            await self.leave()
-        self._stop_asked.set()
+            self._scope.cancel()
 
     # -- the API
 

@@ -150,16 +150,23 @@ def test_sigterm_stops_a_server_with_status_0_and_systemd_hears_of_it(agents, tm
     assert "Traceback" not in log
 
 
-def test_an_interrupted_client_leaves_and_its_node_vanishes(agents):
+def test_clients_leave_on_an_interrupt_and_over_the_api_even_if_the_caller_goes_away(agents):
     server = agents("s1", *SINGLE)
     server.start()
-    client = agents("c1", f"-retry-join=127.0.0.1:{server.serf}", "-retry-interval=1s")
-    client.start()
-    client.wait_ready()
-    wait_until(lambda: b'"c1"' in server.get("/v1/catalog/nodes"))
-    assert client.stop(signal.SIGINT) == 0
-    wait_until(lambda: b'"c1"' not in server.get("/v1/catalog/nodes"))
-    assert "leaving the cluster" in client.log.read_text()
+    clients = [agents(name, f"-retry-join=127.0.0.1:{server.serf}", "-retry-interval=1s") for name in ("c1", "c2")]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.wait_ready()
+    wait_until(lambda: server.get("/v1/catalog/nodes").count(b'"Node":"c') == 2)
+    interrupted, asked = clients
+    interrupted.running.send_signal(signal.SIGINT)
+    with pytest.raises(TimeoutError):
+        asked.request("PUT", "/v1/agent/leave", timeout_s=0.3)
+    for client in clients:
+        assert client.running.wait(10) == 0
+        assert "leaving the cluster" in client.log.read_text()
+    wait_until(lambda: server.get("/v1/catalog/nodes").count(b'"Node":"c') == 0)
 
 
 def test_a_second_signal_stops_at_once(agents):
