@@ -2,18 +2,14 @@
 
 import logging
 import math
-import os
 import random
-import socket
-import ssl
 from collections import defaultdict
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import httpx
-import msgspec
 import trio
 
 from agent.backend import Backend
+from agent.check_runs import CheckResult, http_method, run_tcp
 from agent.follow import follow
 from agent.local_state import LocalState
 from agent.runtime import Runtime
@@ -24,24 +20,17 @@ from mesh.model.check import Check, CheckDefinition, CheckStatus
 from mesh.model.query import Answer, GetNodeServices, ListNodeChecks
 from mesh.names import fold
 
-TIMEOUT_S = 10.0  # of one run, where the definition names none
-OUTPUT_BYTES = 4096  # of a response's body that is read and shown
-REDIRECTS_MAX = 10  # as Go's client follows
+if TYPE_CHECKING:
+    from agent.check_http import HttpChecker
+
+TIMEOUT_S = 10.0  # of one run of an http or tcp check, where its definition names none
 RUNS_MAX = 128  # at one time; each holds a descriptor, and a host full of hanging targets must leave us some
 # Consul runs a check first at a random point of its whole interval. A new check waits no longer than this, so that a
 # service is not critical for an interval after its registration, and while it has never passed it is run again as soon
 # for one interval, as many a service registers before it listens. The run after that is what spreads the load.
 FIRST_RUN_S_MAX = 1.0
-USER_AGENT = "Consul Health Check"
 
 _log = logging.getLogger("mesh.checks")
-
-
-class CheckResult(msgspec.Struct, frozen=True):
-    """What one run found."""
-
-    status: CheckStatus
-    output: str
 
 
 class _Job:
@@ -69,7 +58,7 @@ class CheckRunner:
         self._critical_since: dict[str, float] = {}
         self._changed = trio.Event()
         self._limiter = trio.CapacityLimiter(RUNS_MAX)
-        self._http = HttpChecker()
+        self._runs = CheckRuns()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
         """Runs checks until cancelled."""
@@ -88,7 +77,7 @@ class CheckRunner:
                         await self._changed.wait()
         finally:
             unsubscribe()
-            await self._http.close()
+            await self._runs.close()
         raise AssertionError("the loop above ends only by cancellation")
 
     async def heartbeat(self, check_id: str, *, status: CheckStatus, output: str) -> None:
@@ -193,7 +182,7 @@ class CheckRunner:
             while True:
                 async with self._limiter:
                     try:
-                        result = await run_check(definition, self._http)
+                        result = await self._runs.run(definition)
                     except Exception as error:
                         # Whatever a target's bytes do to a client library, the other checks go on.
                         _log.exception("check %s failed to run", definition.check_id)
@@ -315,114 +304,37 @@ def expired_output(last_output: str) -> str:
     return f"TTL expired (last output before timeout follows): {last_output}" if last_output else "TTL expired"
 
 
-def _method(definition: CheckDefinition) -> str:
-    return definition.method.upper() or "GET"
-
-
-async def run_check(definition: CheckDefinition, http: "HttpChecker") -> CheckResult:
-    """One run of an http or tcp check, within its timeout."""
-    timeout_s = definition.timeout_s or TIMEOUT_S
-    with trio.move_on_after(timeout_s):
-        if definition.http:
-            return await http.run(definition)
-        return await run_tcp(definition.tcp)
-    what = f"{_method(definition)} {definition.http}" if definition.http else f"TCP connect {definition.tcp}"
-    return CheckResult("critical", f"{what}: no answer within {timeout_s:g} s")
-
-
-async def run_tcp(address: str) -> CheckResult:
-    """Connects to `host:port` and closes. The caller bounds the time."""
-    host, _, port = address.rpartition(":")
-    try:
-        stream = await trio.open_tcp_stream(host.strip("[]"), int(port))
-    except OSError as error:
-        return CheckResult("critical", f"TCP connect {address}: {_reason(error)}")
-    await trio.aclose_forcefully(stream)
-    return CheckResult("passing", f"TCP connect {address}: Success")
-
-
-def _reason(error: BaseException) -> str:
-    """What the system said, without a library's wrapping of several attempts."""
-    if isinstance(error, OSError) and isinstance(error.__cause__, BaseExceptionGroup):
-        return "; ".join(dict.fromkeys(_reason(inner) for inner in error.__cause__.exceptions))
-    if isinstance(error, OSError) and isinstance(error.__cause__, OSError):
-        return _reason(error.__cause__)
-    if isinstance(error, socket.gaierror | ssl.SSLError):
-        return error.strerror or str(error)
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    return str(error) or type(error).__name__
-
-
-class HttpChecker:
-    """Runs http checks. Connections are not kept: a check is to prove that a new one can be made."""
+class CheckRuns:
+    """Runs checks, and owns what several runs share."""
 
     def __init__(self) -> None:
-        self._clients: dict[bool, httpx.AsyncClient] = {}
+        self._http: HttpChecker | None = None
 
     async def close(self) -> None:
-        """Frees the clients."""
-        clients, self._clients = self._clients, {}
-        for client in clients.values():
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1.0):
-                await client.aclose()
-
-    async def _client(self, *, verify: bool) -> httpx.AsyncClient:
-        client = self._clients.get(verify)
-        if client is None:
-            # Reading the system's certificates takes tens of milliseconds: not on the loop.
-            context = await trio.to_thread.run_sync(ssl.create_default_context)
-            if not verify:
-                context.check_hostname = False
-                context.verify_mode = ssl.CERT_NONE
-            fresh = httpx.AsyncClient(
-                verify=context,
-                trust_env=False,
-                timeout=None,  # the caller bounds the whole run
-                max_redirects=REDIRECTS_MAX,
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-            )
-            client = self._clients.setdefault(verify, fresh)
-        return client
+        """Frees what the runs shared."""
+        if self._http is not None:
+            await self._http.close()
 
     async def run(self, definition: CheckDefinition) -> CheckResult:
-        """2xx passes, 429 warns, everything else is critical. The caller bounds the time."""
-        method, url = _method(definition), definition.http
-        headers = [("User-Agent", USER_AGENT), ("Accept", "text/plain, text/*, */*")]
-        given = {name.lower() for name in definition.header}
-        headers = [(name, value) for name, value in headers if name.lower() not in given]
-        headers += [(name, value) for name, values in definition.header.items() for value in values]
-        extensions = {"sni_hostname": definition.tls_server_name} if definition.tls_server_name else {}
-        limit = min(definition.output_bytes_max or OUTPUT_BYTES, OUTPUT_BYTES)
-        try:
-            client = await self._client(verify=not definition.tls_skip_verify)
-            async with client.stream(
-                method,
-                url,
-                headers=headers,
-                content=definition.body.encode() or None,
-                follow_redirects=not definition.disable_redirects,
-                extensions=extensions,
-            ) as response:
-                body = b""
-                # Read to the end, as a server that cannot finish its answer is not well; the deadline bounds it.
-                async for chunk in response.aiter_bytes():
-                    body += chunk[: limit - len(body)]
-                code, phrase = response.status_code, response.reason_phrase
-        except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError, OSError, ValueError) as error:
-            return CheckResult("critical", f'{method} "{url}": {_http_reason(error)}')
-        text = body.decode("utf-8", "replace")
-        output = f"HTTP {method} {url}: {f'{code} {phrase}'.rstrip()} Output: {text}"
-        if 200 <= code <= 299:
-            return CheckResult("passing", output)
-        return CheckResult("warning" if code == httpx.codes.TOO_MANY_REQUESTS else "critical", output)
+        """The result of one run of an http or tcp check."""
+        timeout_s = definition.timeout_s or TIMEOUT_S
+        with trio.move_on_after(timeout_s):
+            if definition.http:
+                return await (await self._http_checker()).run(definition)
+            return await run_tcp(definition.tcp)
+        what = f"{http_method(definition)} {definition.http}" if definition.http else f"TCP connect {definition.tcp}"
+        return CheckResult("critical", f"{what}: no answer within {timeout_s:g} s")
+
+    async def _http_checker(self) -> "HttpChecker":
+        if self._http is None:
+            # The HTTP client takes a tenth of a second and 15 MB to import: only an agent with such checks pays for
+            # it, and not on its loop.
+            made = await trio.to_thread.run_sync(_import_http_checker)
+            self._http = self._http or made
+        return self._http
 
 
-def _http_reason(error: BaseException) -> str:
-    """The system's reason beneath httpx's layers where there is one."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and (cause.errno or isinstance(cause.__cause__, BaseExceptionGroup)):
-            return _reason(cause)
-        cause = cause.__cause__ or cause.__context__
-    return str(error) or type(error).__name__
+def _import_http_checker() -> "HttpChecker":
+    from agent.check_http import HttpChecker
+
+    return HttpChecker()

@@ -13,7 +13,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from agent.checks import FIRST_RUN_S_MAX, CheckRunner, HttpChecker, run_check, run_tcp
+from agent.check_http import HttpChecker
+from agent.check_runs import run_tcp
+from agent.checks import FIRST_RUN_S_MAX, CheckRunner, CheckRuns
 from agent.definitions import check_definition, service_definition
 from agent.local_state import LocalState
 from agent.runtime import Runtime
@@ -253,9 +255,9 @@ async def test_a_server_that_does_not_finish_its_answer_is_critical_at_the_timeo
     host, port = listeners[0].socket.getsockname()
     async with trio.open_nursery() as nursery:
         await nursery.start(trio.serve_listeners, stall, listeners)
-        checker = HttpChecker()
-        result = await run_check(http_check(f"http://{host}:{port}/", Timeout="100ms"), checker)
-        await checker.close()
+        runs = CheckRuns()
+        result = await runs.run(http_check(f"http://{host}:{port}/", Timeout="100ms"))
+        await runs.close()
         nursery.cancel_scope.cancel()
     assert (result.status, result.output) == ("critical", f"GET http://{host}:{port}/: no answer within 0.1 s")
 

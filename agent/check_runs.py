@@ -1,0 +1,46 @@
+"""What the runs of every type of check share, and the tcp check."""
+
+import os
+import socket
+import ssl
+
+import msgspec
+import trio
+
+from mesh.model.check import CheckDefinition, CheckStatus
+
+
+class CheckResult(msgspec.Struct, frozen=True):
+    """What one run found."""
+
+    status: CheckStatus
+    output: str
+
+
+def http_method(definition: CheckDefinition) -> str:
+    """The method of an http check."""
+    return definition.method.upper() or "GET"
+
+
+async def run_tcp(address: str) -> CheckResult:
+    """Connects to `host:port` and closes. The caller bounds the time."""
+    host, _, port = address.rpartition(":")
+    try:
+        stream = await trio.open_tcp_stream(host.strip("[]"), int(port))
+    except OSError as error:
+        return CheckResult("critical", f"TCP connect {address}: {reason_of(error)}")
+    await trio.aclose_forcefully(stream)
+    return CheckResult("passing", f"TCP connect {address}: Success")
+
+
+def reason_of(error: BaseException) -> str:
+    """What the system said, without a library's wrapping of several attempts."""
+    if isinstance(error, OSError) and isinstance(error.__cause__, BaseExceptionGroup):
+        return "; ".join(dict.fromkeys(reason_of(inner) for inner in error.__cause__.exceptions))
+    if isinstance(error, OSError) and isinstance(error.__cause__, OSError):
+        return reason_of(error.__cause__)
+    if isinstance(error, socket.gaierror | ssl.SSLError):
+        return error.strerror or str(error)
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return str(error) or type(error).__name__
