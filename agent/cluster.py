@@ -6,8 +6,9 @@
 import errno
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -269,6 +270,12 @@ class ServerCluster(Cluster):
         self._metrics.gauge("consul.raft.leader", lambda: float(self.leadership.is_leader))
         self._metrics.gauge("consul.rpc.connections", lambda: float(self.rpc.connection_count))
         self._metrics.gauge("consul.rpc.queries_blocking", lambda: float(len(self.watches)))
+        self._metrics.gauge("consul.raft.commitIndex", lambda: float(self.raft.status.commit_index))
+        self._metrics.gauge("consul.raft.appliedIndex", lambda: float(self.raft.status.applied_index))
+        for name in ("connections_accepted", "connections_refused", "connections_malformed", "calls", "calls_failed"):
+            self._metrics.gauge(f"mesh.rpc.{name}", partial(_total, self.rpc.counters, name))
+        for name in ("raft_messages_sent", "raft_messages_dropped"):
+            self._metrics.gauge(f"mesh.rpc.{name}", partial(_total, self._transport.counters, name))
 
     def _resolve(self, node_id: str) -> tuple[str, int] | None:
         return self.backend.resolve(node_id)
@@ -362,6 +369,10 @@ class ServerCluster(Cluster):
             except MeshError as error:
                 _LOG.debug("asking the leader for its voters: %s", error)
             await trio.sleep(REMOVAL_POLL_S)
+
+
+def _total(counters: Mapping[str, int], name: str) -> float:
+    return float(counters.get(name, 0))
 
 
 async def open_server(
