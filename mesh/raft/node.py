@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from random import Random
 
 from mesh.errors import LimitExceeded, NotLeader, ProtocolError, Refused
+from mesh.raft.compaction import Compactor
 from mesh.raft.config import RaftConfig
 from mesh.raft.election import Election
+from mesh.raft.installation import Installation
 from mesh.raft.log import RaftLog
 from mesh.raft.messages import (
     AppendRequest,
@@ -37,6 +38,7 @@ from mesh.raft.messages import (
     check_configuration,
     encode_configuration,
 )
+from mesh.raft.outbox import Outbox
 from mesh.raft.progress import Progress
 from mesh.raft.ready import Compaction, LeadershipChanged, Ready, Role, Write
 from mesh.raft.replication import ChunkWanted, Leader, ReadReady
@@ -45,15 +47,6 @@ __all__ = ["LeadershipChanged", "Node", "Ready", "Role", "Write"]
 
 TERM_JUMP_MAX = 1 << 20
 """How far ahead a server that we do not know may be; a member may be any distance ahead."""
-
-
-@dataclass(slots=True)
-class _Incoming:
-    term: int
-    index: int
-    snapshot_term: int
-    offset: int = 0
-    is_complete: bool = False
 
 
 class Node:
@@ -74,25 +67,20 @@ class Node:
         self.node_id = node_id
         self.config = config
         self.log = RaftLog(snapshot, entries)
-        self._durable = hard_state if hard_state is not None else HardState()
-        self.term = self._durable.term
-        self.vote = self._durable.vote
+        self.term = hard_state.term if hard_state is not None else 0
+        self.vote = hard_state.vote if hard_state is not None else None
         self.role = Role.FOLLOWER
         self.leader_id: str | None = None
         self._leader: Leader | None = None
         self._election = Election(config, rng, now)
-        self._messages: list[tuple[str, Message]] = []
-        self._after_write: list[tuple[str, Message]] = []
-        self._waiting: list[tuple[str, Message]] = []
-        self._writing: Write | None = None
-        self._chunks: list[SnapshotChunk] = []
-        self._incoming: _Incoming | None = None
+        self._outbox = Outbox(self.log, hard_state if hard_state is not None else HardState())
+        self._installation = Installation()
+        self._compactor = Compactor(self.log, config)
         self._leadership: list[LeadershipChanged] = []
         self._announced = LeadershipChanged(is_leader=False, leader_id=None, term=self.term)
         self._reads_ready: list[ReadReady] = []
         self._reads_failed: list[int] = []
         self._next_read_id = 1
-        self._snapshot_s = -math.inf
         if self.term > 0:
             # 1. We answer a leader's heartbeat. 2. We are killed and start again at once. 3. Without this we would vote
             # for another while that leader still serves reads under the lease that our answer gave it.
@@ -245,10 +233,7 @@ class Node:
                 self._ask_around(now)
 
     def _may_stand(self) -> bool:
-        return self.node_id in self.log.configuration.voter_ids and not self._is_installing()
-
-    def _is_installing(self) -> bool:
-        return self._incoming is not None and self._incoming.is_complete
+        return self.node_id in self.log.configuration.voter_ids and not self._installation.is_complete
 
     # -- elections
 
@@ -257,7 +242,8 @@ class Node:
         self._election.start(now)
         self._election.record(self.node_id, granted=True)
         request = VoteRequest(self.term + 1, self.log.last_index, self.log.last_term, pre=True, transfer=False)
-        self._messages.extend((voter, request) for voter in self._other_voters())
+        for voter in self._other_voters():
+            self._outbox.send(voter, request)
 
     def _campaign(self, now: float, *, is_transfer: bool) -> None:
         self.term += 1
@@ -266,7 +252,8 @@ class Node:
         self._election.start(now)
         # The requests leave, and our own vote counts, once the vote is durable: after a crash we must not vote again.
         request = VoteRequest(self.term, self.log.last_index, self.log.last_term, pre=False, transfer=is_transfer)
-        self._after_write.extend((voter, request) for voter in self._other_voters())
+        for voter in self._other_voters():
+            self._outbox.send_after_write(voter, request)
 
     def _other_voters(self) -> list[str]:
         return [voter for voter in self.log.configuration.voter_ids if voter != self.node_id]
@@ -366,7 +353,7 @@ class Node:
 
     def _answer_vote(self, sender_id: str, request: VoteRequest, *, granted: bool) -> None:
         term = request.term if granted else self.term
-        self._after_write.append((sender_id, VoteResponse(term, request.pre, granted)))
+        self._outbox.send_after_write(sender_id, VoteResponse(term, request.pre, granted))
 
     def _receive_response(
         self,
@@ -411,7 +398,7 @@ class Node:
             # We led our own removal to its commit (dissertation 4.2.2); let the best of the others go on at once.
             successor = leader.best_successor(now)
             if successor is not None:
-                self._messages.append((successor, TimeoutNow(self.term)))
+                self._outbox.send(successor, TimeoutNow(self.term))
             self._become_follower(self.term, None, now)
 
     # -- following
@@ -421,7 +408,7 @@ class Node:
     ) -> None:
         if message.term < self.term:
             # An old leader, or we came back from a lonely campaign with a higher term: it must learn of our term.
-            self._after_write.append((sender_id, HeartbeatResponse(self.term, 0)))
+            self._outbox.send_after_write(sender_id, HeartbeatResponse(self.term, 0))
             return
         if message.term == 0:
             raise ProtocolError(f"raft message of term 0 from {sender_id}")
@@ -437,7 +424,9 @@ class Node:
                 self._receive_append(sender_id, message)
             case HeartbeatRequest():
                 self.log.commit_to(message.commit)
-                self._send_when_durable(sender_id, HeartbeatResponse(self.term, message.round), index=0)
+                self._outbox.send_when_durable(
+                    sender_id, HeartbeatResponse(self.term, message.round), term=self.term, index=0
+                )
             case SnapshotChunk():
                 self._receive_chunk(sender_id, message)
 
@@ -449,63 +438,36 @@ class Node:
         return not self._shields(now) and term - self.term <= TERM_JUMP_MAX
 
     def _receive_append(self, leader_id: str, request: AppendRequest) -> None:
-        if self._is_installing():
+        if self._installation.is_complete:
             return
         here = self.log.term_at(request.prev_index)
         if here == request.prev_term:
             last = self.log.merge(request.entries) if request.entries else request.prev_index
             self.log.commit_to(min(request.commit, last))
-            self._accept(leader_id, last)
+            self._outbox.accept(leader_id, self.term, last)
         elif request.prev_index <= self.log.commit:
             if here is not None:
                 raise ProtocolError(f"raft append on entry {request.prev_index}, committed here with another term")
-            self._accept(leader_id, self.log.commit)  # compacted, so the leader has it too
+            self._outbox.accept(leader_id, self.term, self.log.commit)  # compacted, so the leader has it too
         else:
             hint_index, hint_term = self.log.latest_match(request.prev_index, request.prev_term)
             answer = AppendResponse(self.term, False, request.prev_index, hint_index, hint_term)  # noqa: FBT003
-            self._send_when_durable(leader_id, answer, index=0)
-
-    def _accept(self, leader_id: str, index: int) -> None:
-        response = AppendResponse(self.term, accepted=True, index=index)
-        if self._after_write:
-            # Appends that share a write share their answer: the later one says it all.
-            peer_id, last = self._after_write[-1]
-            match last:
-                case AppendResponse(term=self.term, accepted=True) if peer_id == leader_id and last.index <= index:
-                    self._after_write.pop()
-                case _:
-                    pass
-        self._send_when_durable(leader_id, response, index=index)
-
-    def _send_when_durable(self, peer_id: str, message: Message, *, index: int) -> None:
-        if self.log.stable >= index and self._durable.term == self.term:
-            self._messages.append((peer_id, message))
-        else:
-            self._after_write.append((peer_id, message))
+            self._outbox.send_when_durable(leader_id, answer, term=self.term, index=0)
 
     def _receive_chunk(self, leader_id: str, chunk: SnapshotChunk) -> None:
-        if self._is_installing():
+        if self._installation.is_complete:
             return
         if chunk.index <= self.log.commit:
-            self._accept(leader_id, self.log.commit)
+            self._outbox.accept(leader_id, self.term, self.log.commit)
             return
         if self.log.term_at(chunk.index) == chunk.snapshot_term:
             # Our log reaches it. Dropping what follows would drop entries that we may have acknowledged.
             self.log.commit_to(chunk.index)
-            self._accept(leader_id, chunk.index)
+            self._outbox.accept(leader_id, self.term, chunk.index)
             return
-        incoming = self._incoming
-        key = (chunk.term, chunk.index, chunk.snapshot_term)
-        if incoming is None or key != (incoming.term, incoming.index, incoming.snapshot_term):
-            self._chunks = []
-            incoming = self._incoming = _Incoming(*key)
-        if chunk.offset == incoming.offset and (chunk.data or chunk.is_last):
-            incoming.offset += len(chunk.data)
-            incoming.is_complete = chunk.is_last
-            self._chunks.append(chunk)
-            if chunk.is_last:
-                return  # answered once it is installed
-        self._after_write.append((leader_id, SnapshotResponse(self.term, chunk.index, incoming.offset)))
+        offset = self._installation.take(chunk)
+        if offset is not None:
+            self._outbox.send_after_write(leader_id, SnapshotResponse(self.term, chunk.index, offset))
 
     # -- snapshots
 
@@ -515,7 +477,7 @@ class Node:
             return
         chunk = self._leader.chunk(wanted, data, is_last=is_last, snapshot_term=snapshot_term)
         if chunk is not None:
-            self._messages.append((wanted.peer_id, chunk))
+            self._outbox.send(wanted.peer_id, chunk)
 
     def chunk_unavailable(self, wanted: ChunkWanted, now: float) -> None:
         """That snapshot is not there any more; the follower gets the newest instead."""
@@ -524,33 +486,16 @@ class Node:
 
     def snapshot_due(self, now: float) -> bool:
         """Whether enough has been applied since the last snapshot, and not too soon after it."""
-        entries, data_bytes = self.log.applied_since_snapshot
-        if entries >= self.config.snapshot_entries and now - self._snapshot_s >= self.config.snapshot_interval_s:
-            return True
-        return entries > 0 and data_bytes >= self.config.snapshot_bytes
+        return self._compactor.is_due(now)
 
     def snapshot_meta(self) -> SnapshotMeta:
         """What a snapshot of the state as applied now stands for. Requires that something was applied."""
-        index = self.log.applied
-        term = self.log.term_at(index)
-        assert term is not None
-        return SnapshotMeta(index, term, self.log.configuration_at(index))
+        return self._compactor.meta()
 
     def compact(self, meta: SnapshotMeta, now: float) -> Compaction:
         """That snapshot is durable; drop what it replaces. Returns what the store may forget."""
-        self._snapshot_s = now
         oldest = self._leader.oldest_snapshot_in_flight(now) if self._leader is not None else None
-        if self.log.snapshot is not None and meta.index <= self.log.snapshot.index:
-            return Compaction(self.log.first_index, oldest)  # a leader's snapshot overtook it
-        first = self.log.trailing_from(
-            meta.index, entries=self.config.trailing_entries, data_bytes=self.config.trailing_bytes
-        )
-        # 1. A follower installs the snapshot at 1000. 2. We compact to 3000. 3. It arrives and needs 1001: another
-        # snapshot, and so on for ever. A snapshot under way and what follows it stay, within reason.
-        if oldest is not None and oldest + 1 < first and self.log.data_bytes < 4 * self.config.snapshot_bytes:
-            first = max(oldest + 1, self.log.first_index)
-        self.log.compact(meta, first)
-        return Compaction(self.log.first_index, oldest)
+        return self._compactor.compact(meta, now, oldest_in_flight=oldest)
 
     # -- output
 
@@ -559,57 +504,38 @@ class Node:
         leader = self._leader
         wanted: list[ChunkWanted] = []
         if leader is not None:
-            self._messages.extend(leader.collect(now))
+            for peer_id, message in leader.collect(now):
+                self._outbox.send(peer_id, message)
             wanted = leader.chunks_wanted()
             self._reads_ready.extend(leader.reads_ready)
             leader.reads_ready.clear()
-        write = self._take_write()
-        messages, self._messages = self._messages, []
+        write = self._outbox.take_write(HardState(self.term, self.vote), self._installation)
+        messages = self._outbox.take_messages()
         leadership, self._leadership = self._leadership, []
         reads, self._reads_ready = self._reads_ready, []
         failed, self._reads_failed = self._reads_failed, []
         committed = self.log.take_committed(self.config.apply_entries_max)
-        return Ready(tuple(messages), write, committed, tuple(leadership), tuple(reads), tuple(failed), tuple(wanted))
-
-    def _take_write(self) -> Write | None:
-        if self._writing is not None:
-            return None
-        state = HardState(self.term, self.vote)
-        entries = self.log.begin_write()
-        if state == self._durable and not entries and not self._chunks:
-            self._messages.extend(self._after_write)
-            self._after_write = []
-            return None
-        self._writing = Write(state if state != self._durable else None, tuple(self._chunks), entries)
-        self._waiting, self._after_write = self._after_write, []
-        self._chunks = []
-        return self._writing
+        return Ready(messages, write, committed, tuple(leadership), tuple(reads), tuple(failed), tuple(wanted))
 
     def advance(self, write: Write, now: float, *, installed: SnapshotMeta | None = None) -> None:
         """That write is durable. `installed` is the snapshot it completed, whose state the driver has restored by now;
         None when its bytes were damaged on the way, and then it is asked for again."""
-        assert write is self._writing, "writes end in the order in which they were taken"
-        self._writing = None
-        if write.hard_state is not None:
-            self._durable = write.hard_state
-        self.log.end_write()
-        self._messages.extend(self._waiting)
-        self._waiting = []
+        self._outbox.end_write(write)
         if write.completes_snapshot:
             self._finish_snapshot(write.chunks[-1], installed)
-        if self.role is Role.CANDIDATE and self._durable == HardState(self.term, self.node_id):
+        if self.role is Role.CANDIDATE and self._outbox.durable == HardState(self.term, self.node_id):
             self._election.record(self.node_id, granted=True)
             self._count_votes(now)
         if self._leader is not None:
             self._advance_commit(self._leader, now)
 
     def _finish_snapshot(self, chunk: SnapshotChunk, installed: SnapshotMeta | None) -> None:
-        self._incoming = None
+        self._installation.end()
         if installed is not None:
             self.log.reset(installed)
         if self.leader_id is None or self.leader_id == self.node_id:
             return
         if installed is None:
-            self._messages.append((self.leader_id, SnapshotResponse(self.term, chunk.index, 0)))
+            self._outbox.send(self.leader_id, SnapshotResponse(self.term, chunk.index, 0))
         else:
-            self._accept(self.leader_id, installed.index)
+            self._outbox.accept(self.leader_id, self.term, installed.index)

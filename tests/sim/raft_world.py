@@ -615,7 +615,7 @@ class World:
                 lines.append(
                     f"{host.name}: {node.role.value} term {node.term} leader {node.leader_id} last {log.last_index}@"
                     f"{log.last_term} commit {log.commit} applied {log.applied} stable {log.stable} base {log.base} "
-                    f"voters {log.configuration.voter_ids} incoming {node._incoming}"
+                    f"voters {log.configuration.voter_ids} installing {node._installation.is_complete}"
                 )
         return "\n".join(lines)
 

@@ -244,7 +244,7 @@ def test_crash_at_any_point_of_a_snapshot_install_leaves_a_server_that_starts(st
 
     def installing() -> bool:
         node = world.hosts[away].node
-        return node is not None and node._writing is not None and node._writing.completes_snapshot
+        return node is not None and node._outbox.writing is not None and node._outbox.writing.completes_snapshot
 
     world.run_until(installing, 10.0, "the last chunk")
     world.crash(away, steps_done=steps_done)
@@ -688,12 +688,12 @@ def test_write_of_a_replaced_entry_does_not_make_its_replacement_durable() -> No
     follower, rival = others(world, leader)
     node = world.node(follower)
     world.isolate(follower)
-    world.run_until(lambda: node._writing is None, 1.0, "a quiet disk")
+    world.run_until(lambda: node._outbox.writing is None, 1.0, "a quiet disk")
     world.faults.slow_disk = 1.0
     last, term = node.log.last_index, node.log.last_term
     old = Entry(last + 1, node.term, EntryKind.COMMAND, b"old")
     world.deliver(leader, follower, AppendRequest(node.term, last, term, 0, (old,)))
-    writing = node._writing
+    writing = node._outbox.writing
     assert writing is not None
     assert writing.entries == (old,)
     new = Entry(last + 1, node.term + 1, EntryKind.COMMAND, b"new")
