@@ -13,7 +13,7 @@ import ssl
 import struct
 from collections import deque
 
-from agent.dataplane.reactor import HANG_UP, READABLE, WRITABLE, Reactor
+from agent.dataplane.reactor import HANG_UP, READABLE, WRITABLE, Reactor, Timer
 
 READ_BYTES = 64 * 1024  # per connection and turn, so that one busy connection cannot starve the rest
 WRITE_BYTES_HIGH = 256 * 1024  # above it, whoever produces for this connection stops reading
@@ -34,7 +34,7 @@ class Connection:
 
     __slots__ = (
         "_armed_at", "_close_when_flushed", "_connecting", "_discarding", "_handshaking", "_incoming", "_interest",
-        "_linger", "_out", "_out_bytes", "_outgoing", "_paused", "_shut", "_suspended", "closed", "deadline",
+        "_linger", "_out", "_out_bytes", "_outgoing", "_paused", "_shut", "_suspended", "_timer", "closed", "deadline",
         "descriptor", "reactor", "saw_eof", "sock", "tls", "write_blocked",
     )  # fmt: skip
 
@@ -48,6 +48,7 @@ class Connection:
         self.write_blocked = False  # the write buffer is above its mark
         self.deadline = float("inf")
         self._armed_at = float("inf")
+        self._timer: Timer | None = None
         self._incoming: ssl.MemoryBIO
         self._outgoing: ssl.MemoryBIO
         self._out: deque[bytes | memoryview] = deque()
@@ -105,11 +106,12 @@ class Connection:
 
     def _arm(self) -> None:
         self._armed_at = min(self.deadline, self.reactor.now + DEADLINE_STEP_S)
-        self.reactor.call_at(self._armed_at, self._check_deadline)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.reactor.call_at(self._armed_at, self._check_deadline)
 
     def _check_deadline(self) -> None:
-        if self.closed or self.reactor.now < self._armed_at:
-            return  # gone, or a nearer entry has taken over
+        self._timer = None
         self._armed_at = float("inf")
         if self.reactor.now >= self.deadline:
             self.deadline = float("inf")
@@ -442,6 +444,9 @@ class Connection:
     def _finish(self) -> None:
         if not self.closed:
             self.closed = True
+            if self._timer is not None:
+                self._timer.cancel()  # or it would keep all of this in memory until its time
+                self._timer = None
             self._out.clear()
             self._out_bytes = 0
             self.reactor.close(self.descriptor, self.sock, suspended=self._suspended)

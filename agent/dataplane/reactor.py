@@ -18,7 +18,8 @@ import trio
 
 _LOG = logging.getLogger("mesh.dataplane")
 
-BATCHES_MAX = 64  # then Trio's own tasks run, whatever the traffic
+TURNS_S = 0.005  # of batches in a row; then Trio's own tasks run, whatever the traffic
+CANCELLED_TIMERS_MAX = 1024  # in the heap, beyond as many live ones
 FAULTS_LOGGED_MAX = 20  # tracebacks per worker life: a repeating fault must not fill the disk
 
 READABLE = select.EPOLLIN
@@ -39,15 +40,18 @@ class Handler(Protocol):
 class Timer:
     """One pending call; `cancel` forgets it."""
 
-    __slots__ = ("callback", "deadline")
+    __slots__ = ("_reactor", "callback", "deadline")
 
-    def __init__(self, deadline: float, callback: Callable[[], None]) -> None:
+    def __init__(self, reactor: "Reactor", deadline: float, callback: Callable[[], None]) -> None:
+        self._reactor = reactor
         self.deadline = deadline
         self.callback: Callable[[], None] | None = callback
 
     def cancel(self) -> None:
-        """The callback will not run. Calling it again does nothing."""
-        self.callback = None
+        """The callback will not run, and what it refers to is let go at once. Calling it again does nothing."""
+        if self.callback is not None:
+            self.callback = None
+            self._reactor.timer_cancelled()
 
     def __lt__(self, other: "Timer") -> bool:
         return self.deadline < other.deadline
@@ -60,6 +64,7 @@ class Reactor:
         self._poller = select.epoll()
         self._handlers: dict[int, Handler] = {}
         self._timers: list[Timer] = []
+        self._cancelled = 0
         self._soon: deque[Callable[[], None]] = deque()
         self._closing: list[socket.socket] = []
         self._in_turn = False
@@ -106,11 +111,20 @@ class Reactor:
 
     def call_at(self, deadline: float, callback: Callable[[], None]) -> Timer:
         """Runs a callback at or after a time on this reactor's clock."""
-        timer = Timer(deadline, callback)
+        timer = Timer(self, deadline, callback)
         heapq.heappush(self._timers, timer)
         if not self._in_turn:
             self._wake()
         return timer
+
+    def timer_cancelled(self) -> None:
+        """A timer has become a husk; too many of them are swept out of the heap."""
+        self._cancelled += 1
+        if self._cancelled > CANCELLED_TIMERS_MAX and self._cancelled * 2 > len(self._timers):
+            # In place: a turn may be looking at this list.
+            self._timers[:] = [timer for timer in self._timers if timer.callback is not None]
+            heapq.heapify(self._timers)
+            self._cancelled = 0
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Runs a callback after the current one has returned: for results that may not arrive re-entrantly."""
@@ -155,8 +169,12 @@ class Reactor:
             self.guard(soon.popleft())
         timers = self._timers
         while timers and timers[0].deadline <= self.now:
-            callback = heapq.heappop(timers).callback
-            if callback is not None:
+            timer = heapq.heappop(timers)
+            callback = timer.callback
+            if callback is None:
+                self._cancelled -= 1
+            else:
+                timer.callback = None  # it has run: cancelling it later means nothing
                 self.guard(callback)
         if self._closing:
             for sock in self._closing:
@@ -185,9 +203,9 @@ class Reactor:
                 with trio.CancelScope(deadline=deadline) as self._sleep:
                     await trio.lowlevel.wait_readable(descriptor)
                 self._sleep = None
-            for _ in range(BATCHES_MAX):
-                if not self.turn():
-                    break
+            until = self._clock() + TURNS_S
+            while self.turn() and self.now < until:
+                pass
 
     def dispose(self) -> None:
         """Closes the poller; the owner has closed the connections."""
