@@ -1,0 +1,97 @@
+"""Rendering against the oracle: what the worker decides by the rendered rules is what the intentions say."""
+
+import itertools
+import random
+
+from certificates import NOW_S, new_root
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from agent.sidecar_render import SidecarFacts, UpstreamFacts, render
+from mesh.authz import authorize, authorize_l4
+from mesh.ca import authority
+from mesh.model.ca import CaRoots
+from mesh.model.catalog import Node, Proxy, Service, Upstream
+from mesh.model.check import ServiceHealth
+from mesh.model.config_entry import ConfigEntry
+from mesh.model.intention import Intention
+from mesh.proxy.sidecar_config import WorkerConfig, check
+
+ROOT = replace(new_root(now_s=NOW_S), private_key_pem="")
+ROOTS = CaRoots(ROOT.root_id, authority.trust_domain(ROOT.external_trust_domain), (ROOT,))
+PROXY = Service(
+    "web-sidecar-proxy", "web-sidecar-proxy", kind="connect-proxy", port=21000,
+    proxy=Proxy(destination_service_name="web", upstreams=(Upstream("api", local_bind_port=9191),)),
+)  # fmt: skip
+
+
+def facts(**changes):
+    values = {
+        "service": PROXY, "application_port": 8080, "datacenter": "dc1", "bind_address": "0.0.0.0",
+        "default_allow": False, "roots": ROOTS, "certificate_chain_pem": "certificate", "private_key_pem": "key",
+        "intentions": (), "service_defaults": None, "proxy_defaults": None, "upstreams": {},
+    }  # fmt: skip
+    return SidecarFacts(**{**values, **changes})
+
+
+@settings(max_examples=400)
+@given(st.integers(0, 2**32), st.booleans())
+def test_rendered_rules_decide_as_the_intentions_do(seed, default_allow):
+    rng = random.Random(seed)
+    pairs = list(itertools.product(("a", "b", "*"), ("web", "*")))
+    rules = []
+    for source, destination in rng.sample(pairs, rng.randrange(len(pairs) + 1)):
+        action = ("allow", "deny", None)[rng.randrange(3)]
+        permissions = ({"Action": "allow"},) if action is None else ()
+        rules.append(Intention(source, destination, action, permissions))
+    inbound = render(facts(intentions=tuple(rules), default_allow=default_allow)).config.inbound
+    for source in ("a", "b", "c", ""):
+        expected = authorize(rules, source=source, destination="web", default_allow=default_allow).allowed
+        assert authorize_l4(inbound.intentions, source=source, default_allow=inbound.default_allow) is expected
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = (
+    "protocol", "Protocol", "bind_address", "bind_port", "local_connect_timeout_ms", "local_request_timeout_ms",
+    "max_inbound_connections", "connect_timeout_ms", "limits", "Config", "AccessLogs", "UpstreamConfig",
+)  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(st.sampled_from(KEYS), JSON), st.dictionaries(st.sampled_from(KEYS), JSON))
+def test_opaque_configuration_of_any_shape_is_rendered_or_ignored_but_never_raises(config, body):
+    proxy = replace(PROXY.proxy, config=config, upstreams=(Upstream("api", local_bind_port=9191, config=config),))
+    entry = ConfigEntry("service-defaults", "web", body)
+    upstreams = {"api": UpstreamFacts((), entry)}
+    render(
+        facts(service=replace(PROXY, proxy=proxy), service_defaults=entry, proxy_defaults=entry, upstreams=upstreams)
+    )
+
+
+def test_endpoints_take_the_services_address_before_the_nodes_and_skip_what_has_none():
+    rows = tuple(
+        ServiceHealth(Node("n", node_address), Service("p", service_id, address=address, port=port), ())
+        for service_id, node_address, address, port in (
+            ("1", "10.0.0.1", "", 1),
+            ("2", "10.0.0.1", "10.0.0.2", 2),
+            ("3", "10.0.0.1", "", 0),
+            ("4", "", "", 4),
+        )
+    )
+    config = render(facts(upstreams={"api": UpstreamFacts(rows)})).config
+    assert [(one.id, one.address, one.port) for one in config.outbound[0].target.endpoints] == [
+        ("n/1", "10.0.0.1", 1),
+        ("n/2", "10.0.0.2", 2),
+    ]
+    check(WorkerConfig(0, (config,)))
+
+
+def test_proxy_without_an_application_or_port_serves_outgoing_connections_only():
+    assert render(facts(application_port=0)).config.inbound is None
+    assert render(facts(service=replace(PROXY, port=0))).config.inbound is None
+    assert len(render(facts(application_port=0)).config.outbound) == 1
