@@ -1,15 +1,19 @@
 """Calls between agents: multiplexing, cancellation, typed errors, and what bad or vanished peers can do (nothing)."""
 
 import random
+import socket
+import ssl
 import struct
+import time
 from contextlib import asynccontextmanager
 
 import pytest
 import trio
+from certificates import CA, KEY, LEAF, key_pem, pem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent import rpc
+from agent import rpc, tls
 from agent.raft_transport import QUEUED_MESSAGES_MAX, RaftTransport
 from agent.rpc import Address, RpcPool, RpcServer
 from agent.rpc_frames import (
@@ -392,6 +396,53 @@ async def test_a_flood_of_pings_does_not_starve_other_connections():
                     assert await pool.call(address, b"echo %d" % number, timeout_s=5) == b"%d" % number
             nursery.cancel_scope.cancel()
         await stream.aclose()
+
+
+def tls_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A server's and a client's, under one root."""
+    now = int(time.time())
+    ages = {"not_before_s": now - 60, "not_after_s": now + 3600}
+    root = CA.change(**ages).build()
+    leaf = pem(LEAF.change(**ages).build(root, KEY))
+    return (
+        tls.server_context(leaf, key_pem(KEY), (pem(root),)),
+        tls.client_context(leaf, key_pem(KEY), (pem(root),)),
+    )
+
+
+async def test_calls_and_raft_messages_run_over_tls_and_nothing_runs_without():
+    server_context, client_context = tls_contexts()
+    service = Service()
+    server = RpcServer(service.handle, receive_raft=service.receive_raft, context=server_context)
+    listeners, address = await listen()
+    pool = RpcPool(random.Random(1), context=client_context)
+    plain_pool = RpcPool(random.Random(1))
+    transport = RaftTransport("s1", lambda peer_id: address, random.Random(1), context=client_context)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.serve, listeners)
+        for part in (pool, plain_pool, transport):
+            await nursery.start(part.run)
+        assert await pool.call(address, b"echo secret", timeout_s=5) == b"secret"
+        assert len(await pool.call(address, b"big 3000000", timeout_s=5)) == 3_000_000
+        with pytest.raises(Unreachable):
+            await plain_pool.call(address, b"echo x", timeout_s=5)
+        for number in range(20):
+            transport.send("s2", b"%d" % number)
+        await until(lambda: len(service.raft) == 20)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_connection_reset_at_any_byte_leaves_the_server_as_it_was():
+    async with running() as (service, server, pool, address):
+        data = preface(Purpose.CALLS) + message_frame(Call(1, b"wait")) + message_frame(Call(2, b"big 300000"))
+        for cut in range(0, len(data) + 1, 3):
+            stream = await trio.open_tcp_stream(*address)
+            await stream.send_all(data[:cut])
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close sends a reset
+            await stream.aclose()
+        await until(lambda: server.connection_count == 0 and service.waiting == 0)
+        assert server.counters["connections_crashed"] == 0
+        assert await pool.call(address, b"echo x", timeout_s=5) == b"x"
 
 
 async def test_raft_messages_arrive_in_order_and_again_after_the_peer_restarts():
