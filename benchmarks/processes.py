@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -13,16 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from processes import cluster_of, free_ports
+
 _READY_TIMEOUT_S = 30.0
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on at this moment."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def fetch(url: str, *, method: str = "GET", body: bytes | None = None) -> bytes:
@@ -61,31 +52,11 @@ def running(commands: dict[str, list[str]], folder: Path) -> Iterator[dict[str, 
 
 
 @contextmanager
-def mesh_servers(folder: Path, count: int = 3) -> Iterator[list[str]]:
-    """`count` servers with durable logs; the URLs of their HTTP APIs, the leader's first."""
-    http, serf, rpc = free_ports(count), free_ports(count), free_ports(count)
-    commands = {}
-    for number in range(count):
-        config = {
-            "server": True,
-            "bootstrap_expect": count,
-            "node_name": f"server-{number}",
-            "data_dir": str(folder / f"server-{number}"),
-            "bind_addr": "127.0.0.1",
-            "log_level": "WARN",
-            "retry_join": [f"127.0.0.1:{serf[0]}"],
-            "retry_interval": "1s",
-            "ports": {"http": http[number], "serf_lan": serf[number], "server": rpc[number], "dns": -1, "serf_wan": -1},
-        }
-        path = folder / f"server-{number}.json"
-        path.write_text(json.dumps(config))
-        commands[f"server-{number}"] = [sys.executable, "-m", "agent", "agent", "-config-file", str(path)]
-    urls = [f"http://127.0.0.1:{port}" for port in http]
-    with running(commands, folder):
-        wait_until("writes", lambda: all(fetch(f"{url}/v1/kv/ready", method="PUT", body=b"1") for url in urls))
-        leader_port = int(json.loads(fetch(f"{urls[0]}/v1/status/leader")).rpartition(":")[2])
-        leader = urls[rpc.index(leader_port)]
-        yield sorted(urls, key=lambda url: url != leader)
+def mesh_servers(folder: Path) -> Iterator[list[str]]:
+    """Three servers with durable logs; the URLs of their HTTP APIs, the leader's first."""
+    with cluster_of(folder, "-log-level=warn", clients=0) as cluster:
+        leader = cluster.leader()
+        yield [server.url for server in sorted(cluster.servers, key=lambda server: server is not leader)]
 
 
 @contextmanager

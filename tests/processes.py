@@ -1,26 +1,31 @@
-"""Real agent processes on loopback, for tests of what only a process can show."""
+"""Real agents as processes, each on a loopback address of its own, as if on hosts: for tests and benchmarks.
+
+An address per agent lets all of them use the standard ports, and no port is ever guessed to be free.
+"""
 
 import http.client
+import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from sidecars import cpu_seconds, free_ports, loopback_address
+
+from agent.dataplane.worker_process import WorkerDirectory
+
+__all__ = ["AgentProcess", "Cluster", "cluster_of", "cpu_seconds", "free_ports", "loopback_address", "wait_until"]
 
 _ROOT = Path(__file__).parents[1]
 READY_S = 30.0  # a loaded machine; a healthy agent needs well under one
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+HTTP_PORT, SERF_PORT, RPC_PORT = 8500, 8301, 8300
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 def wait_until(condition: Callable[[], object], *, timeout_s: float = READY_S, why: Callable[[], str] = str) -> None:
@@ -31,22 +36,58 @@ def wait_until(condition: Callable[[], object], *, timeout_s: float = READY_S, w
         time.sleep(0.02)
 
 
-class AgentProcess:
-    """One agent with ports and a data directory of its own; it can be killed and started again."""
+def rss_mib(pid: int) -> float:
+    """Resident memory of a process."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError(f"process {pid} has no memory: it has ended")
 
-    def __init__(self, name: str, folder: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
+
+class AgentProcess:
+    """One agent with an address and a data directory of its own; it can be killed and started again."""
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        *flags: str,
+        environment: Mapping[str, str] | None = None,
+        settings: Mapping[str, object] | None = None,
+    ) -> None:
+        """`settings` go into a configuration file: the keys that have no flag."""
         self.name = name
+        self.address = loopback_address()
         self.data_dir = folder / name
         self.log = folder / f"{name}.log"
-        self.http, self.serf, self.rpc = free_ports(3)
+        self.http, self.serf, self.rpc = HTTP_PORT, SERF_PORT, RPC_PORT
         self.flags = flags
-        self._environment = environment or {}
+        self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
+        if settings:
+            path = folder / f"{name}.json"
+            path.write_text(json.dumps(settings))
+            self.flags = (*flags, f"-config-file={path}")
+
+    @property
+    def gossip_address(self) -> str:
+        return f"{self.address}:{self.serf}"
+
+    @property
+    def rpc_address(self) -> str:
+        return f"{self.address}:{self.rpc}"
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}:{self.http}"
+
+    # -- life
 
     def start(self, *more: str) -> None:
-        command = [sys.executable, "-m", "agent", "agent", f"-node={self.name}", "-bind=127.0.0.1", "-dns-port=-1"]
-        command += [f"-http-port={self.http}", f"-serf-lan-port={self.serf}", f"-server-port={self.rpc}"]
-        command += [f"-data-dir={self.data_dir}", *self.flags, *more]
+        command = [sys.executable, "-m", "agent", "agent", f"-node={self.name}", "-dns-port=-1"]
+        command += [f"-bind={self.address}", f"-client={self.address}"]
+        command += ["-dev"] if "-dev" in self.flags else [f"-data-dir={self.data_dir}"]
+        command += [*(flag for flag in self.flags if flag != "-dev"), *more]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -67,21 +108,43 @@ class AgentProcess:
         return self._process is not None and self._process.poll() is None
 
     def kill(self) -> None:
-        """SIGKILL, and wait for the end."""
+        """SIGKILL to the agent, and wait for its end; its worker serves on."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
+    def worker_pid(self) -> int:
+        """The process that carries this agent's traffic; 0 when there is none."""
+        if not self.data_dir.exists():
+            return 0
+        for path in WorkerDirectory(self.data_dir).sockets():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+                try:
+                    sock.connect(str(path))
+                except OSError:
+                    continue
+                option = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+                return int(_CREDENTIALS.unpack(option)[0])
+        return 0
+
+    def kill_worker(self) -> None:
+        pid = self.worker_pid()
+        if pid:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def stop(self, number: signal.Signals = signal.SIGTERM, *, timeout_s: float = 10.0) -> int:
         """A signal, and the exit status; fails the test when it takes longer."""
         self.running.send_signal(number)
         return self.running.wait(timeout_s)
 
+    # -- its API
+
     def request(
         self, method: str, path: str, body: bytes | None = None, *, timeout_s: float = 20.0
     ) -> tuple[int, bytes]:
         """Status and body. Raises OSError or HTTPException when the agent does not answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=timeout_s)
+        connection = http.client.HTTPConnection(self.address, self.http, timeout=timeout_s)
         try:
             connection.request(method, path, body)
             response = connection.getresponse()
@@ -96,6 +159,12 @@ class AgentProcess:
         except (OSError, http.client.HTTPException):
             return b""
         return body if status == 200 else b""
+
+    def put(self, path: str, value: object) -> bytes:
+        """The body of the answer to a PUT of JSON, which must be a 200."""
+        status, body = self.request("PUT", path, json.dumps(value).encode())
+        assert status == 200, f"PUT {path}: {status} {body!r}"
+        return body
 
     def leader(self) -> str:
         """The leader's address as this agent sees it; empty when there is none or the agent does not answer."""
@@ -112,3 +181,78 @@ class AgentProcess:
                 return False
 
         wait_until(writes, why=self.log.read_text)
+
+    # -- its services
+
+    def register(
+        self, name: str, port: int, *, sidecar_port: int, upstreams: Mapping[str, int] | None = None, **fields: object
+    ) -> None:
+        """A service on this agent's address, with a sidecar; `upstreams`: the local port of each."""
+        declared = [
+            {"destination_name": upstream, "local_bind_address": self.address, "local_bind_port": local_port}
+            for upstream, local_port in (upstreams or {}).items()
+        ]
+        proxy = {"local_service_address": self.address, "upstreams": declared}
+        sidecar = {"port": sidecar_port, "proxy": proxy}
+        body = {"name": name, "port": port, "connect": {"sidecar_service": sidecar}, **fields}
+        self.put("/v1/agent/service/register", body)
+
+    def intend(self, source: str, destination: str, action: str) -> None:
+        """Writes an intention here."""
+        path = f"/v1/connect/intentions/exact?source={source}&destination={destination}"
+        self.put(path, {"SourceType": "consul", "Action": action})
+
+
+class Cluster:
+    """Servers s1.. and clients c1.., who find each other."""
+
+    def __init__(self, servers: list[AgentProcess], clients: list[AgentProcess]) -> None:
+        self.servers = servers
+        self.clients = clients
+
+    @property
+    def agents(self) -> list[AgentProcess]:
+        return [*self.servers, *self.clients]
+
+    def leader(self) -> AgentProcess:
+        """Waits until the living agents agree on a living one."""
+        found: list[AgentProcess] = []
+
+        def agreed() -> bool:
+            addresses = {agent.leader() for agent in self.agents if agent.alive}
+            found[:] = [one for one in self.servers if one.alive and {one.rpc_address} == addresses]
+            return bool(found)
+
+        wait_until(agreed)
+        return found[0]
+
+    def wait_ready(self) -> None:
+        for agent in self.agents:
+            agent.wait_ready()
+
+    def close(self) -> None:
+        """Ends every process, workers too."""
+        for agent in self.agents:
+            agent.kill()
+            agent.kill_worker()
+
+
+@contextmanager
+def cluster_of(folder: Path, *flags: str, servers: int = 3, clients: int = 2, **options: object) -> Iterator[Cluster]:
+    """A ready cluster; `flags` and `options` are every agent's."""
+    made = Cluster(
+        [
+            AgentProcess(f"s{number}", folder, "-server", f"-bootstrap-expect={servers}", *flags, **options)
+            for number in range(1, servers + 1)
+        ],
+        [AgentProcess(f"c{number}", folder, *flags, **options) for number in range(1, clients + 1)],
+    )
+    joins = [f"-retry-join={server.gossip_address}" for server in made.servers]
+    try:
+        for agent in made.agents:
+            agent.flags = (*agent.flags, *joins, "-retry-interval=1s")
+            agent.start()
+        made.wait_ready()
+        yield made
+    finally:
+        made.close()

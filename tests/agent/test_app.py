@@ -153,7 +153,7 @@ def test_sigterm_stops_a_server_with_status_0_and_systemd_hears_of_it(agents, tm
 def test_clients_leave_on_an_interrupt_and_over_the_api_even_if_the_caller_goes_away(agents):
     server = agents("s1", *SINGLE)
     server.start()
-    clients = [agents(name, f"-retry-join=127.0.0.1:{server.serf}", "-retry-interval=1s") for name in ("c1", "c2")]
+    clients = [agents(name, f"-retry-join={server.gossip_address}", "-retry-interval=1s") for name in ("c1", "c2")]
     for client in clients:
         client.start()
     for client in clients:

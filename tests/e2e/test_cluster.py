@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from processes import AgentProcess, wait_until
+from processes import AgentProcess, cluster_of, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -17,21 +17,8 @@ POWER_LOSSES = int(os.environ.get("MESH_POWER_LOSSES", "2"))  # the project's ba
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """Servers s1 to s3 and clients c1, c2, every one ready; each test leaves them so, the last one stops them."""
-    tmp_path = tmp_path_factory.mktemp("cluster")
-    servers = [AgentProcess(f"s{number}", tmp_path, "-server", "-bootstrap-expect=3") for number in (1, 2, 3)]
-    clients = [AgentProcess(f"c{number}", tmp_path) for number in (1, 2)]
-    joins = [f"-retry-join=127.0.0.1:{server.serf}" for server in servers]
-    agents = [*servers, *clients]
-    for agent in agents:
-        agent.flags = (*agent.flags, *joins, "-retry-interval=1s")
-        agent.start()
-    try:
-        for agent in agents:
-            agent.wait_ready()
-        yield servers, clients
-    finally:
-        for agent in agents:
-            agent.kill()
+    with cluster_of(tmp_path_factory.mktemp("cluster")) as made:
+        yield made.servers, made.clients
 
 
 class Writer(threading.Thread):
@@ -76,7 +63,7 @@ def test_every_agent_sees_every_node_and_one_leader(cluster):
 
 def test_writes_go_on_within_five_seconds_of_the_leaders_death(cluster):
     servers, clients = cluster
-    leader = next(server for server in servers if clients[0].leader().endswith(f":{server.rpc}"))
+    leader = next(server for server in servers if clients[0].leader() == server.rpc_address)
     leader.kill()
     killed_at = time.monotonic()
     status, body = clients[0].request("PUT", "/v1/kv/after", b"x")
@@ -90,7 +77,7 @@ def test_writes_go_on_within_five_seconds_of_the_leaders_death(cluster):
 
 def test_a_frozen_leader_is_replaced_and_answers_nothing_old_when_it_thaws(cluster):
     servers, clients = cluster
-    leader = next(server for server in servers if clients[0].leader().endswith(f":{server.rpc}"))
+    leader = next(server for server in servers if clients[0].leader() == server.rpc_address)
     others = [agent for agent in (*servers, *clients) if agent is not leader]
     assert clients[0].request("PUT", "/v1/kv/frozen", b"old")[0] == 200
     leader.running.send_signal(signal.SIGSTOP)
