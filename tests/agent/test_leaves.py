@@ -326,6 +326,9 @@ async def test_files_and_their_directory_are_private(backend, nursery, tmp_path)
     await nursery.start(manager.run)
     await manager.leaf("web")
     directory = tmp_path / "leaves"
+    with trio.fail_after(10):
+        while not (directory / "roots").exists():  # written beside the first leaf
+            await trio.sleep(0.01)
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     names = sorted(path.name for path in directory.iterdir())
     assert len(names) == 2
