@@ -209,9 +209,9 @@ class Connection:
         except OSError as error:
             self._lose(error.strerror or str(error))
             return
-        if self._discarding:
+        if self._close_when_flushed:
             if not count:
-                self._finish()
+                self._receive_eof_while_closing()
             return
         if self.tls is None:
             if count:
@@ -270,6 +270,14 @@ class Connection:
             self.data_received(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         if ended and not self.closed:
             self._receive_eof()
+
+    def _receive_eof_while_closing(self) -> None:
+        self.saw_eof = True
+        self._linger = False
+        if self._discarding:
+            self._finish()
+        else:
+            self._set_interest(self._interest & ~READABLE)
 
     def _receive_eof(self) -> None:
         if self.saw_eof:

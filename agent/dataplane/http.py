@@ -106,16 +106,14 @@ class HttpAccepted(Connection):
             return
         self._processing = True
         position, count = 0, len(events)
-        while position < count and not self.closed:
+        while position < count and not self.closed and not self._close_when_flushed:
             event = events[position]
             if type(event) is RequestHead:
                 if self.exchange is not None:
                     break
                 position, body, ended = _fold(events, position + 1)
                 self._head_began = False
-                exchange = self.service.begin(self, event, body, ended=ended)
-                if self.codec.must_close and exchange.done:
-                    position = count  # whatever follows is not read: see exchange_done
+                self.service.begin(self, event, body, ended=ended)
                 continue
             if type(event) is Rejected:
                 if self.exchange is not None and self.exchange.request_ended:
@@ -128,7 +126,7 @@ class HttpAccepted(Connection):
                     self.exchange.request_end()
             position += 1
         self._processing = False
-        if position < count and not self.closed:
+        if position < count and not self.closed and not self._close_when_flushed:
             self._backlog = events[position:]
             self.pause_reading()
 

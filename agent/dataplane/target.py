@@ -464,7 +464,7 @@ class Target:
         channel.exchange = None
         if reusable:
             endpoint.channel_free(channel, reusable=True)
-        elif not channel.closed:
+        elif not channel.closed and not channel.closing:
             channel.abort()
 
     def give_up(self, exchange: Exchange) -> None:

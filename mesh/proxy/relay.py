@@ -47,8 +47,9 @@ class Relay:
         other = self.far if pipe is self.near else self.near
         self._ended.append(pipe)
         if len(self._ended) == 2:
-            pipe.close()
-            other.close()
+            # The far side first: when the near side has closed, its owner resets a far side that is not closing yet.
+            self.far.close()
+            self.near.close()
         else:
             other.shutdown_write()
 

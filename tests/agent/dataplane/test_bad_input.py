@@ -129,3 +129,21 @@ def test_one_byte_at_a_time(pair):
     for value in OK:
         app.send(bytes((value,)))
     assert client.read_message()[1] == b"ok"
+
+
+def test_closed_connections_leave_nothing_behind(pair):
+    hops = pair.hops()
+    hops.serve()
+    leaf = pair.authority.leaf("web")
+
+    def visit(times):
+        for _ in range(times):
+            client = hops.tls_client(leaf=leaf)
+            client.send(GET)
+            client.read_message()
+            client.close()
+
+    visit(50)
+    before = pair.worker.rss_bytes()
+    visit(300)
+    assert pair.worker.rss_bytes() - before < 6 * 1024 * 1024  # one that is kept costs some 70 KiB

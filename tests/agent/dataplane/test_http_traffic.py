@@ -215,6 +215,40 @@ def test_after_a_refused_upgrade_the_connection_closes(pair):
     assert client.at_end()
 
 
+def test_a_relay_ends_with_every_byte_delivered(pair):
+    hops = pair.hops()
+    client = hops.client()
+    client.send(b"GET / HTTP/1.1\r\nHost: api\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    app = hops.app()
+    app.read_head()
+    app.send(b"HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    client.read_head()
+    app.end()
+    assert client.at_end()
+    data = bytes(range(256)) * 8192
+    sender = threading.Thread(target=lambda: (client.send(data), client.close()))
+    sender.start()
+    assert app.read(len(data)) == data
+    assert app.at_end()
+    sender.join()
+
+
+def test_requests_behind_one_whose_response_closes_are_not_served(pair):
+    hops = pair.hops()
+    client = hops.client()
+    post = b"POST /first HTTP/1.1\r\nHost: api\r\nContent-Length: 100000\r\n\r\n"
+    client.send(post)
+    app = hops.app()
+    app.read_head()
+    app.send(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+    assert client.read_head().startswith(b"HTTP/1.1 403 ")
+    client.send(bytes(100000) + b"GET /second HTTP/1.1\r\nHost: api\r\n\r\n")
+    assert client.at_end()
+    hops.listener.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        hops.app()
+
+
 def test_what_is_sent_behind_an_upgrade_request_is_bounded_and_complete(pair):
     hops = pair.hops()
     client = hops.client()
