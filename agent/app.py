@@ -30,7 +30,7 @@ from agent.http.status import StatusApi
 from agent.join import KnownPeers, join_at_start, retry_join, without_own
 from agent.logs import LineWriter, logging_to_stdout
 from agent.membership import join_address
-from agent.process import locked_data_dir, notify_systemd, stop_signals
+from agent.process import locked_data_dir, notify_systemd, raise_descriptor_limit, stop_signals
 from agent.runtime import Runtime
 from agent.telemetry import MergedMetrics, Metrics
 from agent.version import CONSUL_API_VERSION, VERSION
@@ -53,6 +53,7 @@ async def run_agent(config: AgentConfig, runtime: Runtime) -> int:
     """
     with logging_to_stdout(config.log_level, as_json=config.log_json) as output:
         try:
+            raise_descriptor_limit()
             prepare_data_dir(config)
             with locked_data_dir(config.data_dir):
                 agent = Agent(config, runtime, output, node_id=node_id(config, runtime.new_uuid))
@@ -134,8 +135,8 @@ class Agent:
             await http.listen()
             nursery.start_soon(http.run)
             self._print_banner()
-            notify_systemd("READY=1")
             await self._join(nursery)
+            notify_systemd("READY=1")
             await self._stop_asked.wait()
             notify_systemd("STOPPING=1")
             await http.drain(HTTP_DRAIN_S)

@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -16,6 +17,7 @@ from mesh.errors import ConfigError
 _LOG = logging.getLogger("mesh.agent")
 
 LOCK_FILE = "agent.lock"
+DESCRIPTORS_MAX = 65_536
 
 
 @contextmanager
@@ -47,6 +49,20 @@ def locked_data_dir(data_dir: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def raise_descriptor_limit() -> None:
+    """Raises the soft limit of open files to the hard one, as far as DESCRIPTORS_MAX; never fails.
+
+    The soft limit of 1024 that most systems start with is for programs that use select(2); this one does not.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_MAX)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError) as error:
+            _LOG.warning("cannot raise the limit of open files from %d to %d: %s", soft, wanted, error)
 
 
 def notify_systemd(state: str) -> None:

@@ -7,6 +7,7 @@
 import logging
 import math
 import random
+import resource
 import socket
 import ssl
 from collections import Counter
@@ -49,7 +50,8 @@ RaftReceiver = Callable[[str, bytes], None]
 HANDSHAKE_DEADLINE_S = 5.0  # Consul's limits.rpc_handshake_timeout
 CONNECT_DEADLINE_S = 5.0
 CONNECTIONS_PER_IP_MAX = 100  # Consul's limits.rpc_max_conns_per_client
-CONNECTIONS_MAX = 4096  # a descriptor each: leaves room for the agent's own files and its HTTP connections
+CONNECTIONS_MAX = 4096
+DESCRIPTOR_SHARE = 4  # at most a quarter of the process's descriptors: the rest is for Raft, HTTP and files
 IN_FLIGHT_MAX = 4096  # open calls per connection; a blocking query is one for minutes
 PING_INTERVAL_S = 5.0
 SILENCE_MAX_S = 15.0  # a client that hears nothing for this long takes the connection for half-open
@@ -141,6 +143,9 @@ class RpcServer:
         self._receive_raft = receive_raft
         self._context = context
         self._connections_per_ip_max = connections_per_ip_max
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        infinite = limit == resource.RLIM_INFINITY
+        self._connections_max = CONNECTIONS_MAX if infinite else min(CONNECTIONS_MAX, limit // DESCRIPTOR_SHARE)
         self._connections: Counter[str] = Counter()
         self.counters: Counter[str] = Counter()
 
@@ -162,7 +167,10 @@ class RpcServer:
     async def _serve_connection(self, stream: trio.SocketStream) -> None:
         # An exception here would end every other connection too: serve_listeners has one nursery for all of them.
         peer = _peer_host(stream)
-        if self._connections[peer] >= self._connections_per_ip_max or self._connections.total() >= CONNECTIONS_MAX:
+        if (
+            self._connections[peer] >= self._connections_per_ip_max
+            or self._connections.total() >= self._connections_max
+        ):
             self.counters["connections_refused"] += 1
             _LOG.warning("refused a connection from %s: it has %d open already", peer, self._connections[peer])
             await close_quietly(stream)

@@ -39,6 +39,7 @@ from mesh.state.store import Store
 
 RPC_TIMEOUT_S = 60.0  # Consul's limits.rpc_client_timeout
 RETRY_PAUSE_S = 0.05  # between attempts while an election runs; a change of leadership ends the pause at once
+WAIT_S_MAX = 600.0  # Consul's max_query_time; the API caps it, too, but a peer's message may say anything
 WAIT_JITTER = 16  # a blocking query waits up to a sixteenth longer, so that timeouts of many clients spread
 DEPOSED_GRACE_S = 1.0  # how long a write forwarded to a leader still waits for it once another one leads
 
@@ -217,7 +218,7 @@ class ServerBackend:
     # -- reads
 
     async def _read(self, query: Asks[AnswerT], options: ReadOptions, *, forwarded: bool) -> Answer[AnswerT]:
-        wait_s = max(0.0, options.wait_s)
+        wait_s = min(max(0.0, options.wait_s), WAIT_S_MAX)
         until = trio.current_time() + wait_s + self._rng.random() * wait_s / WAIT_JITTER if options.min_index else 0.0
         hold = _Hold(self._leadership, self._hold_s)
         while True:
