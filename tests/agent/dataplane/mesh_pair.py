@@ -2,91 +2,13 @@
 
 import contextlib
 import socket
-import ssl
-import struct
 import threading
 
+from peers import TIMEOUT_S, Peer
 from sidecars import Authority, WorkerProcess, loopback_address
 
 from agent.dataplane.control import Ack
 from agent.tls import client_context
-
-TIMEOUT_S = 10
-
-
-class Peer:
-    """A blocking socket with the few reads that tests need."""
-
-    def __init__(self, sock):
-        self.sock = sock
-        self.buffer = b""
-        sock.settimeout(TIMEOUT_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def send(self, data):
-        self.sock.sendall(data)
-
-    def _fill(self):
-        data = self.sock.recv(65536)
-        self.buffer += data
-        return bool(data)
-
-    def read(self, count):
-        while len(self.buffer) < count:
-            assert self._fill(), f"ended after {self.buffer[-200:]!r}"
-        data, self.buffer = self.buffer[:count], self.buffer[count:]
-        return data
-
-    def read_until(self, mark):
-        while mark not in self.buffer:
-            assert self._fill(), f"ended after {self.buffer[-200:]!r}"
-        position = self.buffer.index(mark) + len(mark)
-        data, self.buffer = self.buffer[:position], self.buffer[position:]
-        return data
-
-    def read_head(self):
-        return self.read_until(b"\r\n\r\n")
-
-    def read_message(self):
-        """(head, body) by Content-Length or chunks; none of both: no body."""
-        head = self.read_head()
-        lower = head.lower()
-        if b"transfer-encoding: chunked" in lower:
-            body = b""
-            while True:
-                size = int(self.read_until(b"\r\n"), 16)
-                body += self.read(size)
-                assert self.read(2) == b"\r\n"
-                if not size:
-                    return head, body
-        if b"content-length: " in lower:
-            return head, self.read(int(lower.split(b"content-length: ")[1].split(b"\r\n")[0]))
-        return head, b""
-
-    def at_end(self):
-        """Whether the stream ends here: closed, or reset."""
-        try:
-            return not self.buffer and not self._fill()
-        except (ConnectionResetError, ssl.SSLError):
-            return True
-
-    def was_reset(self):
-        try:
-            while self._fill():
-                pass
-        except ConnectionResetError:
-            return True
-        return False
-
-    def reset(self):
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
-
-    def end(self):
-        self.sock.shutdown(socket.SHUT_WR)
-
-    def close(self):
-        self.sock.close()
 
 
 class Hops:
