@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import logging
+import os
+import signal
 import ssl
 
 import pytest
@@ -460,6 +462,17 @@ async def test_keys_are_not_logged(autojump_clock, backend, caplog):
 # --- with a real worker -----------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def ending(supervisor):
+    """A test that fails leaves no worker behind: it would serve on."""
+    try:
+        yield
+    except BaseException:
+        if supervisor.pid:
+            os.kill(supervisor.pid, signal.SIGKILL)
+        raise
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # the worker's process object is dropped while it drains
 async def test_traffic_between_two_services_and_a_deny_with_a_real_worker(tmp_path):
     """api and web on one agent: through web's outbound listener, mTLS, api's inbound listener, to the application."""
@@ -504,7 +517,7 @@ async def test_traffic_between_two_services_and_a_deny_with_a_real_worker(tmp_pa
         await nursery.start(functools.partial(trio.serve_tcp, echo, 8080, host=address))
         for run in (leaves.run, supervisor.run, manager.run):
             await nursery.start(run)
-        with trio.fail_after(20):
+        with trio.fail_after(20), ending(supervisor):
             while await ask() != b"hello":
                 await trio.sleep(0.02)
             await backend.apply(IntentionUpsert(Intention("web", "api", "deny")))
