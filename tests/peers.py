@@ -179,6 +179,8 @@ class Load:
                 status, body = get(*self._address, peer=peer)
             except (OSError, AssertionError) as error:
                 status, body = 0, repr(error).encode()
+                if peer is not None:
+                    peer.close()
                 peer = None
             if status == 200:
                 self.answers[body.decode()] += 1
@@ -188,6 +190,8 @@ class Load:
             if peer is not None and rng.random() < 0.02:
                 peer.close()
                 peer = None
+        if peer is not None:
+            peer.close()
 
     def __enter__(self):
         for thread in self._threads:
