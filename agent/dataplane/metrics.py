@@ -99,13 +99,15 @@ class TargetMetrics:
     """What one target answered, over all its endpoints."""
 
     __slots__ = (
-        "classes", "connect_failures", "connections", "connections_active", "healthy", "identity_failures", "labels",
+        "active", "classes", "connect_failures", "connections", "connections_active", "healthy", "identity_failures",
+        "labels",
         "latency", "overflow", "pending", "requests", "resets", "retries",
     )  # fmt: skip
 
     def __init__(self, labels: dict[str, str]) -> None:
         self.labels = labels
         self.requests = 0
+        self.active = 0
         self.classes = [0] * 6
         self.latency = Histogram()
         self.connections = 0
@@ -122,6 +124,7 @@ class TargetMetrics:
         """In the shape of an Envoy cluster."""
         labels = self.labels
         yield "envoy_cluster_upstream_rq_total", labels, self.requests
+        yield "envoy_cluster_upstream_rq_active", labels, self.active
         for number in range(1, 6):
             classed = {**labels, "envoy_response_code_class": str(number)}
             yield "envoy_cluster_upstream_rq_xx", classed, self.classes[number]

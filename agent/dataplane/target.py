@@ -379,7 +379,6 @@ class Target:
         self.limits = LimitsConfig()
         self.connect_timeout_s = 0.0
         self._rng = rng
-        self._active = 0
         self._endpoints: dict[tuple[str, str, int], Endpoint] = {}
         self.balancer: Balancer[Endpoint] = Balancer((), rng)
 
@@ -420,7 +419,7 @@ class Target:
 
     def acquire(self, exchange: Exchange) -> None:
         """Gets the exchange a channel, or an answer that there is none."""
-        if self._active >= self.limits.requests_max:
+        if self.metrics.active >= self.limits.requests_max:
             self.metrics.overflow += 1
             exchange.fail(OVERFLOW)
             return
@@ -433,12 +432,12 @@ class Target:
 
     def begin(self, exchange: Exchange) -> None:
         """One more request is under way."""
-        self._active += 1
+        self.metrics.active += 1
         self.metrics.requests += 1
 
     def end(self, exchange: Exchange) -> None:
         """One fewer."""
-        self._active -= 1
+        self.metrics.active -= 1
 
     def retry_connect(self, exchange: Exchange) -> None:
         """Another endpoint, or the caller hears of the failure."""
