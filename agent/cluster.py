@@ -164,6 +164,9 @@ class ClientCluster(Cluster):
         alive = sum(server.alive for server in self.servers.all())
         return {"consul": {"known_servers": str(alive), "server": "false"}}
 
+    async def hand_over(self) -> None:
+        """A client leads nothing."""
+
     async def leave(self) -> None:
         """Tells the others that this agent goes; returns within seconds, whether they heard it or not."""
         with trio.move_on_after(GOSSIP_LEAVE_DEADLINE_S):
@@ -345,12 +348,7 @@ class ServerCluster(Cluster):
     async def leave(self) -> None:
         """Hands over leadership, tells the others, and waits to be taken out of the voters; bounded throughout."""
         alone = len(self.raft.status.voters) <= 1
-        if self.leadership.is_leader and not alone:
-            with trio.move_on_after(TRANSFER_DEADLINE_S):
-                try:
-                    await self.raft.transfer_leadership()
-                except MeshError as error:
-                    _LOG.warning("leaving without handing over the leadership: %s", error)
+        await self.hand_over()
         with trio.move_on_after(GOSSIP_LEAVE_DEADLINE_S):
             await self.gossip.leave()
         if alone:
@@ -359,6 +357,16 @@ class ServerCluster(Cluster):
             await self._wait_removed()
             return
         _LOG.warning("leaving, but still a voter: the next leader removes this server")
+
+    async def hand_over(self) -> None:
+        """Gives the leadership to another server, if this one has it: nobody then waits for an election."""
+        if not self.leadership.is_leader or len(self.raft.status.voters) <= 1:
+            return
+        with trio.move_on_after(TRANSFER_DEADLINE_S):
+            try:
+                await self.raft.transfer_leadership()
+            except MeshError as error:
+                _LOG.warning("stopping without handing over the leadership: %s", error)
 
     async def _wait_removed(self) -> None:
         own = join_address((self._config.advertise_address, self.rpc_port))

@@ -78,6 +78,16 @@ async def test_a_server_that_leaves_hands_over_and_is_no_voter_any_more():
         await leader.backend.apply(KvSet("k", b"v"))
 
 
+async def test_a_stopping_leader_hands_over_and_stays_a_voter():
+    async with three_servers() as cluster:
+        old = cluster.leader()
+        await old.cluster.hand_over()
+        assert not old.cluster.leadership.is_leader
+        leader = await cluster.wait_for_leader()
+        assert leader is not old
+        assert old.cluster.node_id in leader.cluster.raft.status.voters
+
+
 async def test_a_fourth_server_becomes_a_voter_and_then_replaces_a_dead_one():
     async with three_servers() as cluster:
         dead = cluster.followers()[0]
