@@ -271,7 +271,9 @@ class HttpService:
         exchange = Exchange(accepted, self, request, self.reactor.now)
         accepted.exchange = exchange
         self.metrics.requests += 1
-        self.target.begin(exchange)
+        target_metrics = self.target.metrics
+        target_metrics.requests += 1
+        target_metrics.active += 1
         if ended and self.request_timeout_s:
             accepted.set_deadline(self.reactor.now + self.request_timeout_s)
         else:
@@ -339,11 +341,11 @@ class HttpService:
         metrics.latency.observe(latency_ms, bucket)
         metrics.bytes_received += exchange.bytes_received
         metrics.bytes_sent += exchange.bytes_sent
-        target = self.target
-        target.end(exchange)
+        target_metrics = self.target.metrics
+        target_metrics.active -= 1
         if exchange.attempts:
-            target.metrics.classes[kind] += 1
-            target.metrics.latency.observe(latency_ms, bucket)
+            target_metrics.classes[kind] += 1
+            target_metrics.latency.observe(latency_ms, bucket)
         if self.access_log is not None:
             self.access_log.add(self._record(exchange, ended_at))
         if isinstance(exchange.context, TraceContext):

@@ -89,6 +89,7 @@ class Tables:
                 opened_logs[path] = AccessLog(path)
             # A listener that is already bound (left over from a NACK, say) is never bound twice.
             bound.extend(Listener(self._reactor, key, self._reserved) for key in change.opened)
+            former_tracer = self._replace_tracer(config)
         except ConfigError:
             for listener in bound:
                 listener.close()
@@ -101,18 +102,24 @@ class Tables:
         self._listeners.update((listener.key, listener) for listener in bound)
         for key in change.closed:
             self._listeners.pop(key).close()
-        self._set_tracing(config)
         self._swap(change.served)
         self.config = config
+        if former_tracer is not None:
+            former_tracer.shutdown()
         for path in set(self._logs) - {sidecar.access_log.path for sidecar in config.sidecars}:
             self._logs.pop(path).close()
 
-    def _set_tracing(self, config: WorkerConfig) -> None:
+    def _replace_tracer(self, config: WorkerConfig) -> Tracer | None:
+        """The tracer until now, when the configuration asks for another one. Raises ConfigError."""
         tracing = config.tracing_endpoint or self._default_tracing_endpoint, config.trace_sampling
-        if tracing != self._tracing:
-            self._tracing = tracing
-            former, self._tracer = self._tracer, Tracer(self._rng, endpoint=tracing[0], sampling=tracing[1])
-            former.shutdown()
+        if tracing == self._tracing:
+            return None
+        try:
+            tracer = Tracer(self._rng, endpoint=tracing[0], sampling=tracing[1])
+        except Exception as error:  # the SDK documents none of its own
+            raise ConfigError(f"spans cannot be exported to {tracing[0]}: {error!r}") from error
+        former, self._tracer, self._tracing = self._tracer, tracer, tracing
+        return former
 
     def _make_identities(self, config: WorkerConfig) -> _Identities:
         made: _Identities = {}

@@ -430,15 +430,6 @@ class Target:
             self.metrics.overflow += 1
             exchange.fail(OVERFLOW)
 
-    def begin(self, exchange: Exchange) -> None:
-        """One more request is under way."""
-        self.metrics.active += 1
-        self.metrics.requests += 1
-
-    def end(self, exchange: Exchange) -> None:
-        """One fewer."""
-        self.metrics.active -= 1
-
     def retry_connect(self, exchange: Exchange) -> None:
         """Another endpoint, or the caller hears of the failure."""
         another = may_retry(

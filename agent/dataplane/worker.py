@@ -169,6 +169,10 @@ class Worker:
                 except ConfigError as error:
                     _LOG.error("configuration %d was refused: %s", config.version, error)
                     return Nack(config.version, str(error))
+                except Exception as error:
+                    # A fault of ours. Dying of it would cut all traffic, again after each restart.
+                    _LOG.exception("configuration %d could not be applied", config.version)
+                    return Nack(config.version, f"internal error: {error!r}; see the worker's log")
                 self._freeze()
                 return Ack(config.version)
             case Ping():

@@ -1,5 +1,6 @@
 """Request and response heads as values, and what belongs in them (RFC 9110 sections 5 and 7.6.1)."""
 
+import functools
 import re
 
 import msgspec
@@ -29,6 +30,8 @@ NEVER_NOMINATED = frozenset((b"host", b"authorization", b"cookie", b"x-forwarded
 
 # uri-host [":" port]: registered name or IPv4, or an IPv6 literal. No user, path or space (RFC 9110 7.2).
 _AUTHORITY = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
+
+AUTHORITY_BYTES_MAX = 512  # a DNS name has 253 at most, and a port 6
 
 IDEMPOTENT_METHODS = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))  # RFC 9110 9.2.2
 
@@ -107,6 +110,11 @@ def tokens(value: bytes) -> tuple[bytes, ...]:
 
 def is_authority(value: bytes) -> bool:
     """Whether a Host value or the authority of a target is `host` or `host:port`, and nothing more."""
+    return len(value) <= AUTHORITY_BYTES_MAX and _reads_as_authority(value)
+
+
+@functools.lru_cache(maxsize=1024)  # clients ask for few hosts, often
+def _reads_as_authority(value: bytes) -> bool:
     match = _AUTHORITY.fullmatch(value)
     return match is not None and (match[1] is None or int(match[1]) <= 65535)
 

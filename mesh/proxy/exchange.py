@@ -200,7 +200,9 @@ class Exchange:
         if self.request_ended:
             data += codec.end()
         if not channel.reused or self._retained_bytes > REPLAY_BYTES_MAX:
-            self._drop_retained()
+            self.replayable = False
+            if self._retained:
+                self._drop_retained()
         channel.write(data)
         if self._held and not channel.write_blocked:
             self._held = False
@@ -244,7 +246,8 @@ class Exchange:
         if head is not None:
             self.status = head.status
             self.response_started = True
-            self._drop_retained()
+            if self._retained:
+                self._drop_retained()
             if head.status == 101:
                 self._start_relay(head)
                 return
@@ -297,9 +300,8 @@ class Exchange:
     # ---- inside
 
     def _drop_retained(self) -> None:
-        if self._retained:
-            self._retained = []
-            self._retained_bytes = 0
+        self._retained = []
+        self._retained_bytes = 0
         self.replayable = False
 
     def _leave_channel(self, *, reusable: bool) -> None:
