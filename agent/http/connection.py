@@ -4,14 +4,16 @@ import logging
 from collections import deque
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Literal, Protocol
 
 import trio
 
+from agent.http.deadlines import Deadline, Deadlines
 from agent.http.errors import error_response
 from agent.http.params import WAIT_S_DEFAULT, WAIT_S_MAX, Params
+from agent.http.plain_stream import PlainStream
 from agent.http.policy import host_allowed, origin_allowed
-from agent.http.rendering import GZIP_BYTES_MIN, accepts_gzip, moved, render, render_compressed
+from agent.http.rendering import GZIP_BYTES_MIN, Rendered, accepts_gzip, moved, render, render_compressed
 from agent.http.request import ApiRequest, ApiResponse, Handler, Route, text_response
 from agent.http.router import Router
 from agent.runtime import Runtime
@@ -64,6 +66,10 @@ class HttpSettings:
         return any(name.lower() == "access-control-allow-origin" for name, _ in self.response_headers)
 
 
+Phase = Literal["idle", "head", "body", "handler", "write"]
+"""What a connection waits for, which decides what its client is told when that takes too long."""
+
+
 class Stream(Protocol):
     """What a connection runs over: TCP, TLS or a unix socket."""
 
@@ -108,12 +114,14 @@ class HttpConnection:
         router: Router,
         settings: HttpSettings,
         runtime: Runtime,
+        deadlines: Deadlines,
         *,
         client_address: str,
         over_loopback: bool,
         metrics: Metrics | None = None,
     ) -> None:
         self._stream = stream
+        self._plain = stream if isinstance(stream, PlainStream) else None
         self._metrics = metrics
         self._router = router
         self._settings = settings
@@ -126,6 +134,12 @@ class HttpConnection:
         self._ahead = b""  # read while a blocking handler ran
         self._eof = False
         self._unread_body = False
+        self._deadlines = deadlines
+        self._deadline: Deadline
+        self._phase: Phase = "idle"
+        self._is_first = True
+        self._is_late = False
+        self._head: RequestHead | None = None  # of the request being answered
         self._interruptible: trio.CancelScope | None = None
         self._draining = False
 
@@ -138,37 +152,71 @@ class HttpConnection:
 
     async def run(self) -> None:
         """Until the client leaves, breaks the protocol, is idle for too long, or `drain`."""
-        first = True
         try:
-            while not self._codec.must_close:
-                head = await self._read_head(first=first)
-                if head is None:
+            while True:
+                with self._deadlines.watch() as self._deadline:
+                    await self._serve()
+                if self._deadline.scope.cancelled_caught:
+                    if self._deadline.is_overdue:
+                        await self._answer_overdue()
                     return
-                first = False
-                await self._exchange(head)
+                if not self._is_late:
+                    break
             if self._unread_body:
                 await self._linger()
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             return  # the client is gone, or takes too long to be worth a descriptor
 
-    async def _read_head(self, *, first: bool) -> RequestHead | None:
+    def _wait_for(self, phase: Phase, allowed_s: float) -> None:
+        self._phase = phase
+        self._deadline.set(trio.current_time() + allowed_s)
+
+    async def _serve(self) -> None:
+        """Answers requests until the connection is over, or one came late (see `_read_head`)."""
+        while self._is_late or not self._codec.must_close:
+            head = await self._read_head()
+            if head is None:
+                return
+            self._is_first = False
+            self._head = head
+            await self._exchange(head)
+
+    async def _answer_overdue(self) -> None:
+        """What the client gets when it, or we, took too long."""
+        if self._phase == "head":
+            data = self._codec.reject(Rejected(408, "the request's headers took too long"))
+        elif self._phase == "handler" and self._head is not None:
+            method, path = self._head.method.decode(), self._head.path.decode("utf-8", "replace")
+            log.error("%s %s: no answer within %.0f s", method, path, self._limits.handler_s)
+            self._codec.must_close = True
+            response = text_response("The request took too long", status=500)
+            data = self._encode(self._head, render(response, pretty=False))
+        else:
+            return
+        with trio.move_on_after(self._limits.write_s):
+            await self._stream.send_all(data)
+
+    async def _read_head(self) -> RequestHead | None:
         """The next request's head, None when there is none: the connection is over."""
-        begun = bool(self._events or self._ahead or self._eof)
-        allowed_s = self._limits.header_s if first or begun else self._limits.idle_s
-        with trio.move_on_after(allowed_s) as scope:
-            if not begun:
-                self._interruptible = scope
-                await self._receive()
-                begun = not self._eof
-                if not first:
-                    scope.deadline = trio.current_time() + self._limits.header_s
-                self._interruptible = None
-            event = await self._next_event()
-        self._interruptible = None
-        if scope.cancelled_caught:
-            if begun:
-                await self._send(self._codec.reject(Rejected(408, "the request's headers took too long")))
-            return None
+        if self._is_late or self._events or self._ahead or self._eof:
+            self._is_late = False
+            await trio.lowlevel.checkpoint()  # a long pipeline must not keep everyone else waiting
+        else:
+            limits = self._limits
+            self._wait_for("idle", limits.header_s if self._is_first else limits.idle_s)
+            self._interruptible = self._deadline.scope
+            await self._receive()
+            self._interruptible = None
+            if self._deadline.scope.cancel_called and not self._eof:
+                # The request came just as the connection was given up for want of one: a new scope sees it through.
+                self._is_late = True
+                return None
+        if not self._events:
+            if self._is_first:
+                self._phase = "head"  # the time for it runs from the accept
+            else:
+                self._wait_for("head", self._limits.header_s)
+        event = await self._next_event()
         if isinstance(event, Rejected):
             await self._reject(event)
             return None
@@ -203,8 +251,8 @@ class HttpConnection:
     async def _linger(self) -> None:
         """Reads on for a moment: closing with unread input would reset the connection before the answer is read."""
         with trio.move_on_after(LINGER_S):
-            if isinstance(self._stream, trio.SocketStream):
-                await self._stream.send_eof()
+            if self._plain is not None:
+                await self._plain.send_eof()
             while await self._stream.receive_some(READ_BYTES):
                 pass
 
@@ -215,12 +263,10 @@ class HttpConnection:
             body_max = judged.route.body_bytes_max
         else:
             body_max = 0 if head.expects_continue else DISCARD_BYTES_MAX
-        if self._events and self._events[0] is END:
-            self._events.popleft()  # no body, as most requests
-            body: bytes | Rejected | None = b""
-        else:
-            with trio.fail_after(self._limits.body_s):
-                body = await self._read_body(head, body_max)
+        body: bytes | Rejected | None = self._take_body(body_max)
+        if body is None:
+            self._wait_for("body", self._limits.body_s)
+            body = await self._read_body(head, body_max)
         if isinstance(body, Rejected):
             await self._reject(body)
             return
@@ -236,6 +282,8 @@ class HttpConnection:
         else:
             request = replace(judged.request, body=body)
             start = trio.current_time()
+            self._phase = "handler"
+            self._deadline.set(start + self._limits.handler_s)
             response = await self._handle(judged.route.handler, request)
             self._note_finished(head, judged.route, (trio.current_time() - start) * 1000)
             if response is None:
@@ -249,6 +297,20 @@ class HttpConnection:
         if log.isEnabledFor(logging.DEBUG):
             url, client = head.target.decode("ascii", "backslashreplace"), self._client_address or "unix socket"
             log.debug("request finished: method=%s url=%s from=%s ms=%.3f", route.method, url, client, took_ms)
+
+    def _take_body(self, bytes_max: int) -> bytes | None:
+        """The body if it came together with the head, as most do; else None, and nothing is taken."""
+        events = self._events
+        if events and events[0] is END:
+            events.popleft()
+            return b""
+        if len(events) >= 2 and events[1] is END:
+            body = events[0]
+            if isinstance(body, bytes) and len(body) <= bytes_max:
+                events.popleft()
+                events.popleft()
+                return body
+        return None
 
     async def _read_body(self, head: RequestHead, bytes_max: int) -> bytes | Rejected | None:
         """The body; None when it is larger than `bytes_max`, without having read further than that."""
@@ -309,12 +371,9 @@ class HttpConnection:
 
     async def _handle(self, handler: Handler, request: ApiRequest) -> ApiResponse | None:
         """The handler's answer, or what its failure means; None when the client left while it waited."""
-        with trio.move_on_after(self._limits.handler_s):
-            if request.method == "GET" and (request.params.has("index") or request.params.has("hash")):
-                return await self._run_watched(handler, request)
-            return await _run(handler, request)
-        log.error("%s %s: no answer within %.0f s", request.method, request.path, self._limits.handler_s)
-        return text_response("The request took too long", status=500)
+        if request.method == "GET" and (request.params.has("index") or request.params.has("hash")):
+            return await self._run_watched(handler, request)
+        return await _run(handler, request)
 
     async def _run_watched(self, handler: Handler, request: ApiRequest) -> ApiResponse | None:
         """As `_run`, for a handler that may block: given up at once when the client leaves.
@@ -350,24 +409,27 @@ class HttpConnection:
         pretty = settings.pretty or (request is not None and request.params.has("pretty"))
         compress = len(response.body) >= GZIP_BYTES_MIN and accepts_gzip(head)
         rendered = render(response, pretty=pretty) if not compress else await render_compressed(response, pretty=pretty)
+        await self._send(self._encode(head, rendered))
+
+    def _encode(self, head: RequestHead, rendered: Rendered) -> bytes:
+        settings, body, codec = self._settings, rendered.body, self._codec
         common = [("X-Consul-Default-Acl-Policy", settings.default_policy), *settings.response_headers]
         if settings.translate_addresses:
             common.append(("X-Consul-Translate-Addresses", "true"))
         headers = rendered.headers(common, now_s=self._runtime.unix_time_s())
-        body = rendered.body
-        codec = self._codec
         try:
-            data = codec.send_response(ResponseHead(response.status, headers, len(body)), head)
+            data = codec.send_response(ResponseHead(rendered.response.status, headers, len(body)), head)
         except ProtocolError:
             log.exception("%s %s: unsendable answer", head.method.decode(), head.path.decode("utf-8", "replace"))
             body = b""
             data = codec.send_response(ResponseHead(500, (), 0), head)
-        await self._send(data + codec.send_body(body) + codec.end())
+        return data + codec.send_body(body) + codec.end()
 
     async def _send(self, data: bytes) -> None:
-        for start in range(0, len(data), WRITE_BYTES):
-            with trio.fail_after(self._limits.write_s):
-                await self._stream.send_all(data[start : start + WRITE_BYTES])
+        sent = 0 if self._plain is None else self._plain.send_now(data)
+        for start in range(sent, len(data), WRITE_BYTES):
+            self._wait_for("write", self._limits.write_s)
+            await self._stream.send_all(data[start : start + WRITE_BYTES])
 
 
 async def _run(handler: Handler, request: ApiRequest) -> ApiResponse:

@@ -22,6 +22,8 @@ from pathlib import Path
 import trio
 
 from agent.http.connection import HttpConnection, HttpSettings, Stream
+from agent.http.deadlines import Deadlines
+from agent.http.plain_stream import PlainStream
 from agent.http.request import Route
 from agent.http.router import Router
 from agent.runtime import Runtime
@@ -83,6 +85,7 @@ class HttpServer:
         self._connections_max = settings.limits.connections_max or _connections_max()
         self._listeners: list[tuple[TcpListen | UnixListen, trio.SocketListener]] = []
         self._accepting = trio.CancelScope()
+        self._deadlines = Deadlines()
         self._connections: set[HttpConnection] = set()
         self._open = 0  # sockets, those being refused included
         self._per_client: Counter[str] = Counter()
@@ -116,11 +119,14 @@ class HttpServer:
     async def run(self) -> None:
         """Serves until cancelled or drained; closes every listener and connection on the way out."""
         try:
-            async with trio.open_nursery() as nursery:
-                with self._accepting:
-                    async with trio.open_nursery() as acceptors:
-                        for listen, listener in self._listeners:
-                            acceptors.start_soon(self._accept, listen, listener, nursery)
+            async with trio.open_nursery() as watchers:
+                watchers.start_soon(self._deadlines.run)
+                async with trio.open_nursery() as nursery:
+                    with self._accepting:
+                        async with trio.open_nursery() as acceptors:
+                            for listen, listener in self._listeners:
+                                acceptors.start_soon(self._accept, listen, listener, nursery)
+                watchers.cancel_scope.cancel()
         finally:
             self._close_listeners()
 
@@ -167,6 +173,7 @@ class HttpServer:
     async def _serve(self, listen: TcpListen | UnixListen, tcp: trio.SocketStream) -> None:
         """One connection, from accept to close. Nothing that it raises gets past here."""
         client, over_loopback, tls = "", False, None
+        plain: PlainStream | None = None
         try:
             if isinstance(listen, TcpListen):
                 client, over_loopback = _ends(tcp)
@@ -175,12 +182,17 @@ class HttpServer:
             if client and 0 < self._limits.connections_per_client < self._per_client[client]:
                 await self._refuse(tcp, client, encrypted=tls is not None)
                 return
-            stream: Stream = tcp if tls is None else await self._handshake(tcp, tls)
+            stream: Stream
+            if tls is None:
+                stream = plain = PlainStream(tcp)
+            else:
+                stream = await self._handshake(tcp, tls)
             connection = HttpConnection(
                 stream,
                 self._router,
                 self._settings,
                 self._runtime,
+                self._deadlines,
                 client_address=client,
                 over_loopback=over_loopback,
                 metrics=self._metrics,
@@ -198,6 +210,8 @@ class HttpServer:
             log.exception("%s: the connection was closed by an internal error", client or "client")
         finally:
             tcp.socket.close()
+            if plain is not None:
+                plain.close()
             self._open -= 1
             self._per_client[client] -= 1
             if self._per_client[client] <= 0:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from memory_backend import MemoryBackend
 
 from agent.http.connection import HttpConnection, HttpSettings
+from agent.http.deadlines import Deadlines
 from agent.http.request import ApiRequest, ApiResponse, Route, json_response, text_response
 from agent.http.router import Router
 from agent.runtime import Runtime
@@ -70,12 +71,14 @@ def routes_of(backend: MemoryBackend, log: list[str]) -> list[Route]:
 @asynccontextmanager
 async def serving(settings: HttpSettings | None = None, *, over_loopback: bool = True) -> AsyncIterator[Client]:
     backend, log, done = MemoryBackend(), list[str](), trio.Event()
+    deadlines = Deadlines()
     ours, theirs = trio.testing.memory_stream_pair()
     connection = HttpConnection(
         theirs,
         Router(routes_of(backend, log)),
         settings or HttpSettings(),
         Runtime(seed=1),
+        deadlines,
         client_address="127.0.0.1",
         over_loopback=over_loopback,
     )
@@ -86,6 +89,7 @@ async def serving(settings: HttpSettings | None = None, *, over_loopback: bool =
         done.set()
 
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(deadlines.run)
         nursery.start_soon(run)
         nursery.start_soon(backend.watches.run)
         yield Client(ours, connection, backend, done, log)
@@ -184,6 +188,7 @@ async def serving_same(client: Client) -> AsyncIterator[Client]:
         Router(routes_of(client.backend, client.log)),
         HttpSettings(),
         Runtime(seed=1),
+        Deadlines(),
         client_address="127.0.0.1",
         over_loopback=True,
     )
