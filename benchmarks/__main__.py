@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-BENCHMARKS = ("two_hops", "kv_puts")
+BENCHMARKS = ("two_hops", "kv_puts", "intention_flips", "leader_death")
 
 
 def main() -> int:

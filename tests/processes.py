@@ -238,11 +238,15 @@ class Cluster:
 
 
 @contextmanager
-def cluster_of(folder: Path, *flags: str, servers: int = 3, clients: int = 2, **options: object) -> Iterator[Cluster]:
+def cluster_of(
+    folder: Path, *flags: str, servers: int = 3, clients: int = 2, server_flags: tuple[str, ...] = (), **options: object
+) -> Iterator[Cluster]:
     """A ready cluster; `flags` and `options` are every agent's."""
     made = Cluster(
         [
-            AgentProcess(f"s{number}", folder, "-server", f"-bootstrap-expect={servers}", *flags, **options)
+            AgentProcess(
+                f"s{number}", folder, "-server", f"-bootstrap-expect={servers}", *server_flags, *flags, **options
+            )
             for number in range(1, servers + 1)
         ],
         [AgentProcess(f"c{number}", folder, *flags, **options) for number in range(1, clients + 1)],
