@@ -1,7 +1,9 @@
 """`mesh demo`: the whole of the mesh on one machine, as real processes, in about half a minute."""
 
 import json
+import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -17,6 +19,7 @@ import click
 import httpx
 import trio
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from agent.cli.flags import GoCommand
@@ -29,7 +32,17 @@ _STOP_TIMEOUT_S = 12.0
 _REQUESTS_PER_S = 200
 _LOAD_TASKS = 8
 _LOAD_AFTER_FAILOVER_S = 2.0
-_FIRST_PORT, _LAST_PORT = 18500, 19500
+# Ports come in blocks; each demo that runs holds a block of its own, so that several may run at the same time.
+_FIRST_PORT, _LAST_PORT, _BLOCK_PORTS = 18500, 19500, 100
+_SIDECAR_PORTS = 4
+
+
+def _print(console: Console, markup: str) -> None:
+    """Prints a line, broken only where a terminal ends. That nobody reads any more must not keep us from stopping."""
+    try:
+        console.print(markup, highlight=False, soft_wrap=not console.is_terminal)
+    except (OSError, SystemExit):
+        console.quiet = True
 
 
 class DemoFailed(Exception):
@@ -57,23 +70,45 @@ class _Load:
 
 
 class _Ports:
-    """Ports that nothing listens on, from a range of our own so that the demo's addresses are the same each time."""
+    """Free ports of one block, held until `close`: the demo's addresses are the same each time, if they can be."""
 
     def __init__(self) -> None:
-        self._next = _FIRST_PORT
+        self._next = self._last = 0
+        self._guard = self._hold_block()
 
-    def take(self) -> int:
-        while self._next < _LAST_PORT:
-            port, self._next = self._next, self._next + 1
-            if self._is_free(port):
-                return port
-        raise DemoFailed(f"every port from {_FIRST_PORT} to {_LAST_PORT} is in use")
+    def _hold_block(self) -> socket.socket:
+        for first in range(_FIRST_PORT, _LAST_PORT, _BLOCK_PORTS):
+            guard = socket.socket()
+            guard.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                guard.bind(("127.0.0.1", first))
+                guard.listen(1)
+            except OSError:
+                guard.close()
+                continue
+            self._next, self._last = first + 1, first + _BLOCK_PORTS - 1
+            return guard
+        raise DemoFailed(f"no free block of ports from {_FIRST_PORT} to {_LAST_PORT}: do other demos still run?")
+
+    def close(self) -> None:
+        """Lets another demo have the block."""
+        self._guard.close()
+
+    def take(self, count: int = 1) -> int:
+        """The first of `count` free ports in a row."""
+        while self._next + count - 1 <= self._last:
+            first, self._next = self._next, self._next + 1
+            if all(self._is_free(port) for port in range(first, first + count)):
+                self._next = first + count
+                return first
+        raise DemoFailed(f"other programs use too many of the ports up to {self._last}; stop them and try again")
 
     @staticmethod
     def _is_free(port: int) -> bool:
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
             with socket.socket(socket.AF_INET, kind) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if kind == socket.SOCK_STREAM:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
                     probe.bind(("127.0.0.1", port))
                 except OSError:
@@ -89,7 +124,7 @@ class Demo:
         self._console = console
         self._ports = _Ports()
         self._agents = {name: self._plan_agent(name) for name in (*_SERVERS, *_CLIENTS)}
-        self._apps: list[trio.Process] = []
+        self._apps: dict[str, trio.Process] = {}
         self._http = httpx.AsyncClient(timeout=10.0, trust_env=False)
         self._web_port = self._ports.take()
         self._rng = random.Random(0)
@@ -108,7 +143,7 @@ class Demo:
         await self._wait("five members alive", self._all_alive)
         await self._show_members(leader)
 
-        self._say("Starting the services web and api (api in two instances) and registering them over HTTP")
+        self._say("Starting web and two instances of api, registering them over HTTP")
         await self._start_services()
         await self._wait("both sidecars of api to be healthy", self._both_healthy)
         await self._wait("web to reach api through both sidecars", self._web_works)
@@ -148,7 +183,7 @@ class Demo:
         self._note(f"allowed again after {_milliseconds(start)}")
 
     async def _show_failover(self, leader: str) -> None:
-        self._say(f"Killing the leader, {leader}, with SIGKILL while {_REQUESTS_PER_S} requests a second run")
+        self._say(f"Killing the leader, {leader}, under {_REQUESTS_PER_S} requests a second")
         load = _Load()
         async with trio.open_nursery() as nursery:
             for _ in range(_LOAD_TASKS):
@@ -175,9 +210,7 @@ class Demo:
 
     async def _start_agent(self, agent: _Agent) -> None:
         is_server = agent.name in _SERVERS
-        sidecar_port = self._ports.take()
-        for _ in range(3):
-            self._ports.take()
+        sidecar_port = self._ports.take(_SIDECAR_PORTS)
         config: dict[str, object] = {
             "node_name": agent.name,
             "data_dir": str(self._folder / agent.name),
@@ -192,7 +225,7 @@ class Demo:
                 "server": self._ports.take(),
                 "dns": -1,
                 "sidecar_min_port": sidecar_port,
-                "sidecar_max_port": sidecar_port + 3,
+                "sidecar_max_port": sidecar_port + _SIDECAR_PORTS - 1,
             },
         }
         if is_server:
@@ -202,7 +235,7 @@ class Demo:
         agent.process = await self._spawn(agent.name, ["-m", "agent", "agent", "-config-file", str(path)])
 
     async def _start_app(self, name: str, port: int, *upstream: str) -> None:
-        self._apps.append(await self._spawn(name, ["-m", "agent.cli.demo_app", name, str(port), *upstream]))
+        self._apps[name] = await self._spawn(name, ["-m", "agent.cli.demo_app", name, str(port), *upstream])
 
     async def _spawn(self, name: str, arguments: list[str]) -> trio.Process:
         # A session of its own: Ctrl-C must reach the demo alone, which then stops everything in order.
@@ -311,26 +344,28 @@ class Demo:
         raise DemoFailed(f"waited {_READY_TIMEOUT_S:.0f} s for {what}, in vain. {last}")
 
     def _check_processes(self) -> None:
-        for agent in self._agents.values():
-            if agent.process is not None and agent.process.returncode is not None:
-                lines = (self._folder / f"{agent.name}.log").read_text(errors="replace").splitlines()[-5:]
-                raise DemoFailed(f"{agent.name} ended with status {agent.process.returncode}:\n" + "\n".join(lines))
+        agents = {agent.name: agent.process for agent in self._agents.values()}
+        for name, process in (agents | self._apps).items():
+            if process is not None and process.returncode is not None:
+                lines = (self._folder / f"{name}.log").read_text(errors="replace").splitlines()[-5:]
+                raise DemoFailed(f"{name} ended with status {process.returncode}:\n" + "\n".join(lines))
 
     def _say(self, text: str) -> None:
-        self._console.print(f"[bold cyan]▸[/] {text}", highlight=False)
+        _print(self._console, f"[bold cyan]▸[/] {escape(text)}")
 
     def _note(self, text: str) -> None:
-        self._console.print(f"  {text}", highlight=False, markup=False)
+        _print(self._console, f"  {escape(text)}")
 
     def show_where(self) -> None:
         """Where to look while everything runs."""
         client = self._agents["client-1"].address
+        mesh = "mesh" if shutil.which("mesh") else os.path.relpath(Path(sys.executable).with_name("mesh"))
         self._say("Everything runs; Ctrl-C stops it. Try:")
         for line in (
             f"curl http://127.0.0.1:{self._web_port}/",
-            f"mesh members -http-addr={client}",
-            f"mesh catalog services -tags -http-addr={client}",
-            f"mesh intention create -deny -http-addr={client} web api",
+            f"{mesh} members -http-addr={client}",
+            f"{mesh} catalog services -tags -http-addr={client}",
+            f"{mesh} intention create -deny -http-addr={client} web api",
             f"logs: {self._folder}",
         ):
             self._note(line)
@@ -342,11 +377,12 @@ class Demo:
             yield
         finally:
             with trio.CancelScope(shield=True):
-                await self._stop([app for app in self._apps if app.returncode is None])
+                await self._stop(list(self._apps.values()))
                 for names in (_CLIENTS, _SERVERS):
                     processes = [self._agents[name].process for name in names]
                     await self._stop([process for process in processes if process is not None])
                 await self._http.aclose()
+                self._ports.close()
 
     async def _stop(self, processes: list[trio.Process]) -> None:
         async def stop(process: trio.Process) -> None:
@@ -375,39 +411,57 @@ def _instance(answer: str) -> str:
 
 
 def _counted(answers: Counter[str]) -> str:
-    return ", ".join(f"{name} answered {count}" for name, count in sorted(answers.items()))
+    return ", ".join(f"{name} {count}" for name, count in sorted(answers.items()))
 
 
 def _milliseconds(start: float) -> str:
     return f"{(trio.current_time() - start) * 1000:.0f} ms"
 
 
-async def _run(*, once: bool) -> int:
-    console = Console()
-    with tempfile.TemporaryDirectory(prefix="mesh-demo-") as folder:
-        play = Demo(Path(folder), console)
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            async with play.stopping_everything(), trio.open_nursery() as nursery:
-                stopped = trio.Event()
+async def _play(folder: Path, console: Console, *, once: bool) -> int:
+    """The exit status: 0 all of it held, 1 something did not, 128 + n stopped by signal n before the end."""
+    status: int | None = None
+    # SIGHUP, too: when the terminal goes away, nothing of the demo may be left behind.
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        play = Demo(folder, console)
+        async with play.stopping_everything(), trio.open_nursery() as nursery:
 
-                async def wait_for_signal() -> None:
-                    async for _ in signals:
-                        stopped.set()
-                        nursery.cancel_scope.cancel()
+            async def wait_for_signal() -> None:
+                nonlocal status
+                async for number in signals:
+                    status = 128 + number if status is None else status
+                    _print(console, "Stopping everything ...")
+                    nursery.cancel_scope.cancel()
+                    return
 
-                nursery.start_soon(wait_for_signal)
-                try:
-                    await play.run()
-                except DemoFailed as error:
-                    console.print(f"[bold red]The demo failed:[/] {error}", highlight=False)
-                    return 1
+            nursery.start_soon(wait_for_signal)
+            try:
+                await play.run()
+                status = 0
                 if not once:
                     play.show_where()
-                    await stopped.wait()
-                nursery.cancel_scope.cancel()
-            if stopped.is_set():
-                console.print("Stopped.")
-    return 0
+                    await trio.sleep_forever()
+            except DemoFailed as error:
+                status = 1
+                _complain(error)
+            nursery.cancel_scope.cancel()
+    words = {0: "All of it held; everything is stopped.", 1: "Everything is stopped."}
+    _print(console, words.get(status or 0, "Stopped before the end."))
+    return status or 0
+
+
+def _complain(error: DemoFailed) -> None:
+    console = Console(stderr=True)
+    _print(console, f"[bold red]The demo failed:[/] {escape(str(error))}")
+
+
+async def _run(*, once: bool) -> int:
+    with tempfile.TemporaryDirectory(prefix="mesh-demo-", ignore_cleanup_errors=True) as folder:
+        try:
+            return await _play(Path(folder), Console(), once=once)
+        except DemoFailed as error:
+            _complain(error)
+            return 1
 
 
 @click.command(cls=GoCommand)
