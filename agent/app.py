@@ -139,7 +139,7 @@ class Agent:
             notify_systemd("READY=1")
             await self._stop_asked.wait()
             notify_systemd("STOPPING=1")
-            await self._cluster.hand_over()
+            await self._cluster.retire()
             await http.drain(HTTP_DRAIN_S)
             with trio.move_on_after(WORKER_DRAIN_S):
                 # Only after the others have heard that this node leaves: until then they send to its sidecars.

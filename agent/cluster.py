@@ -43,6 +43,7 @@ from mesh.state.watch import ROOTS, WatchRegistry
 _LOG = logging.getLogger("mesh.agent")
 
 TRANSFER_DEADLINE_S = 2.5  # an election timeout and the way there and back
+RPC_DRAIN_S = 0.5  # writes take milliseconds; blocking queries are asked again elsewhere
 REMOVAL_DEADLINE_S = 3.0  # for the leader to take a leaving server out of the voters
 REMOVAL_POLL_S = 0.05
 GOSSIP_LEAVE_DEADLINE_S = 4.0  # the three together stay below the 10 s within which an agent stops
@@ -164,8 +165,8 @@ class ClientCluster(Cluster):
         alive = sum(server.alive for server in self.servers.all())
         return {"consul": {"known_servers": str(alive), "server": "false"}}
 
-    async def hand_over(self) -> None:
-        """A client leads nothing."""
+    async def retire(self) -> None:
+        """Before stopping: nothing, as nobody depends on a client."""
 
     async def leave(self) -> None:
         """Tells the others that this agent goes; returns within seconds, whether they heard it or not."""
@@ -357,6 +358,11 @@ class ServerCluster(Cluster):
             await self._wait_removed()
             return
         _LOG.warning("leaving, but still a voter: the next leader removes this server")
+
+    async def retire(self) -> None:
+        """Before stopping: hands over the leadership, then lets other agents' calls end; bounded throughout."""
+        await self.hand_over()
+        await self.rpc.drain(RPC_DRAIN_S)
 
     async def hand_over(self) -> None:
         """Gives the leadership to another server, if this one has it: nobody then waits for an election."""

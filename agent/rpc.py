@@ -53,6 +53,7 @@ CONNECTIONS_PER_IP_MAX = 100  # Consul's limits.rpc_max_conns_per_client
 CONNECTIONS_MAX = 4096
 DESCRIPTOR_SHARE = 4  # at most a quarter of the process's descriptors: the rest is for Raft, HTTP and files
 IN_FLIGHT_MAX = 4096  # open calls per connection; a blocking query is one for minutes
+DRAIN_POLL_S = 0.02
 PING_INTERVAL_S = 5.0
 SILENCE_MAX_S = 15.0  # a client that hears nothing for this long takes the connection for half-open
 SERVER_IDLE_MAX_S = 60.0  # clients ping every 5 s, so this silence means that nobody is there
@@ -147,6 +148,8 @@ class RpcServer:
         infinite = limit == resource.RLIM_INFINITY
         self._connections_max = CONNECTIONS_MAX if infinite else min(CONNECTIONS_MAX, limit // DESCRIPTOR_SHARE)
         self._connections: Counter[str] = Counter()
+        self._callers: set[_ServerConnection] = set()
+        self._is_draining = False
         self.counters: Counter[str] = Counter()
 
     @property
@@ -210,7 +213,31 @@ class RpcServer:
         if purpose is Purpose.RAFT:
             await self._serve_raft(stream)
         else:
-            await _ServerConnection(stream, self._handler, self.counters, peer).run()
+            await self._serve_calls(stream, peer)
+
+    async def _serve_calls(self, stream: trio.abc.Stream, peer: str) -> None:
+        connection = _ServerConnection(stream, self._handler, self.counters, peer)
+        connection.is_draining = self._is_draining
+        self._callers.add(connection)
+        try:
+            await connection.run()
+        finally:
+            self._callers.discard(connection)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuses new calls, so that their callers go elsewhere, and lets those in progress end, `timeout_s` at most.
+
+        What has not ended then, blocking queries above all, is answered with OutcomeUnknown. Raft goes on.
+        """
+        self._is_draining = True
+        for connection in self._callers:
+            connection.is_draining = True
+        with trio.move_on_after(timeout_s):
+            while any(connection.open_count for connection in self._callers):  # noqa: ASYNC110 — bounded, at the end
+                await trio.sleep(DRAIN_POLL_S)
+        for connection in self._callers:
+            connection.abandon()
+        await trio.sleep(DRAIN_POLL_S)  # for the last answers to reach the kernel
 
     async def _serve_raft(self, stream: trio.abc.Stream) -> None:
         frames = FrameStream(stream, frame_bytes_max=RAFT_BYTES_MAX, buffered_bytes_max=0)
@@ -236,6 +263,17 @@ class _ServerConnection:
         self._counters = counters
         self._peer = peer
         self._open_calls: dict[int, trio.CancelScope] = {}
+        self.is_draining = False
+
+    @property
+    def open_count(self) -> int:
+        """Calls in progress."""
+        return len(self._open_calls)
+
+    def abandon(self) -> None:
+        """Ends the calls in progress; their callers hear that the outcome is not known."""
+        for scope in self._open_calls.values():
+            scope.cancel()
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -259,7 +297,12 @@ class _ServerConnection:
             raise ProtocolError(f"request ID {request_id} is in use already")
         if len(self._open_calls) >= IN_FLIGHT_MAX:
             self._counters["calls_refused"] += 1
-            refusal = LimitExceeded(f"{IN_FLIGHT_MAX} calls are open on this connection; wait for answers")
+            full = LimitExceeded(f"{IN_FLIGHT_MAX} calls are open on this connection; wait for answers")
+            await self._frames.write(message_frame(error_to_failure(request_id, full)))
+            return
+        if self.is_draining:
+            # Unreachable, as nothing was done: the caller may ask another server, also for a write.
+            refusal = Unreachable("this server is stopping; ask another one")
             await self._frames.write(message_frame(error_to_failure(request_id, refusal)))
             return
         scope = trio.CancelScope()
@@ -283,6 +326,9 @@ class _ServerConnection:
                     answer = message_frame(Failure(call.request_id, MeshError.__name__, text))
         finally:
             del self._open_calls[call.request_id]
+        if scope.cancelled_caught and self.is_draining:
+            unknown = OutcomeUnknown("the server stopped before it could answer")
+            answer = message_frame(error_to_failure(call.request_id, unknown))
         if answer is not None:
             await self._frames.write(answer)
 

@@ -258,6 +258,38 @@ async def test_a_dropped_connection_ends_its_calls_and_the_next_call_connects_an
         assert server.counters["connections_accepted"] == 2
 
 
+async def test_a_draining_server_finishes_what_it_began_and_sends_the_rest_elsewhere():
+    async with running() as (service, server, pool, address):
+        outcomes = []
+
+        async def call() -> None:
+            outcomes.append(await pool.call(address, b"wait", timeout_s=60))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            await until(lambda: service.waiting == 1)
+            nursery.start_soon(server.drain, 5)
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(Unreachable, match="stopping"):
+                await pool.call(address, b"echo x", timeout_s=5)
+            service.release.set()
+        assert outcomes == [b"released"]
+
+
+async def test_what_outlasts_the_drain_is_an_unknown_outcome():
+    async with running() as (service, server, pool, address):
+        async with trio.open_nursery() as nursery:
+
+            async def call() -> None:
+                with pytest.raises(OutcomeUnknown, match="stopped"):
+                    await pool.call(address, b"wait", timeout_s=60)
+
+            nursery.start_soon(call)
+            await until(lambda: service.waiting == 1)
+            await server.drain(0.05)
+        assert service.waiting == 0
+
+
 async def test_a_half_open_server_is_given_up(autojump_clock):
     listeners, address = await listen()
 
