@@ -12,6 +12,7 @@ from agent.dataplane.tcp import TcpAccepted
 from agent.dataplane.tracing import Tracer
 from mesh.authz import L4Policy
 from mesh.errors import InvalidIdentity
+from mesh.proxy.pool import LOCAL_IDLE_TIMEOUT_S
 from mesh.proxy.sidecar_config import EndpointConfig, InboundListener, L4Rule, LimitsConfig
 
 _LOG = logging.getLogger("mesh.dataplane")
@@ -83,6 +84,7 @@ class InboundHttp(HttpService):
         self.connections_max = 0
         self._gate = _Gate(metrics)
         self.target.transport = PlainTransport()
+        self.target.idle_timeout_s = LOCAL_IDLE_TIMEOUT_S
 
     def update(self, listener: InboundListener, identity: SidecarIdentity) -> None:
         """New tables; open connections keep the identity that they were verified with."""

@@ -138,7 +138,7 @@ class HttpDialed(Dialed):
         self.exchange = None
         if self._paused:
             self.resume_reading()
-        self.set_deadline(self.reactor.now + IDLE_TIMEOUT_S)
+        self.set_deadline(self.reactor.now + self.endpoint.target.idle_timeout_s)
 
     def relay_begins(self, relay: Relay) -> None:
         """From now on bytes go to the relay."""
@@ -378,6 +378,7 @@ class Target:
         self.transport: Transport
         self.limits = LimitsConfig()
         self.connect_timeout_s = 0.0
+        self.idle_timeout_s = IDLE_TIMEOUT_S
         self._rng = rng
         self._endpoints: dict[tuple[str, str, int], Endpoint] = {}
         self.balancer: Balancer[Endpoint] = Balancer((), rng)

@@ -4,7 +4,10 @@ from collections import deque
 from typing import Generic, Literal, TypeVar
 
 IDLE_MAX = 256  # idle connections kept per endpoint
-IDLE_TIMEOUT_S = 30.0  # below the keep-alive of common servers (Node 5 s is the exception: see the retry rule)
+IDLE_TIMEOUT_S = 30.0  # towards other sidecars, which keep idle connections for an hour
+# Towards applications, whose keep-alive is often 5 s (Node, uvicorn): a request that meets a server just closing an
+# idle connection fails, unless it may be sent twice. Connecting anew on the same host costs next to nothing.
+LOCAL_IDLE_TIMEOUT_S = 4.0
 AGE_MAX_S = 3600.0  # a connection older than this is closed when it falls idle, so that traffic re-spreads
 REQUESTS_PER_CONNECTION_MAX = 100_000
 

@@ -12,7 +12,7 @@ from agent.dataplane.http import HEAD_TIMEOUT_S, KEEP_ALIVE_TIMEOUT_S
 from agent.dataplane.reactor import READABLE, Reactor
 from agent.dataplane.tables import Tables
 from agent.dataplane.tcp import IDLE_TIMEOUT_S as TCP_IDLE_TIMEOUT_S
-from mesh.proxy.pool import IDLE_TIMEOUT_S as POOL_IDLE_TIMEOUT_S
+from mesh.proxy.pool import LOCAL_IDLE_TIMEOUT_S
 from mesh.proxy.sidecar_config import EndpointConfig
 
 AUTHORITY = Authority()
@@ -180,7 +180,7 @@ async def test_pooled_connections_do_not_outlive_their_use(autojump_clock, world
     began = trio.current_time()
     data, ended = await until_end(app)
     assert data == b""
-    assert POOL_IDLE_TIMEOUT_S <= ended - began <= POOL_IDLE_TIMEOUT_S + SLACK_S
+    assert LOCAL_IDLE_TIMEOUT_S <= ended - began <= LOCAL_IDLE_TIMEOUT_S + SLACK_S
 
 
 async def test_a_silent_tcp_relay_ends_in_the_end_and_a_busy_one_does_not(autojump_clock, world_of):
