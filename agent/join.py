@@ -3,7 +3,8 @@
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 
 import trio
@@ -15,6 +16,7 @@ from mesh.gossip.events import GossipEvent
 
 _LOG = logging.getLogger("mesh.agent")
 
+FIRST_PAUSE_S = 1.0  # doubles with each attempt until it reaches the configured interval
 PEERS_MAX = 256  # kept for the next start: more than enough that one of them answers
 PEERS_WRITE_S = 5.0  # a storm of changes is one write
 
@@ -32,6 +34,16 @@ def without_own(addresses: Sequence[str], own: Sequence[tuple[str, int]], *, def
     return tuple(kept)
 
 
+def pauses(interval_s: float) -> Iterator[float]:
+    """Seconds between attempts: short ones at first, as agents are often started together; then `interval_s` each."""
+    pause_s = FIRST_PAUSE_S
+    while pause_s < interval_s:
+        yield pause_s
+        pause_s *= 2
+    while True:
+        yield interval_s
+
+
 async def join_at_start(gossip: GossipDriver, addresses: Sequence[str]) -> None:
     """Joins once. Raises ConfigError when nobody answered."""
     if not addresses:
@@ -47,16 +59,16 @@ async def retry_join(gossip: GossipDriver, addresses: Sequence[str], *, interval
     """Joins, trying again until somebody answers. `attempts_max` 0: for ever. Raises ConfigError after the last."""
     if not addresses:
         return
-    attempts = 0
-    while True:
-        attempts += 1
+    # With a number of attempts, `interval_s` says how patient the agent is in all: no short pauses then.
+    waits = repeat(interval_s) if attempts_max else pauses(interval_s)
+    for attempts, wait_s in enumerate(waits, start=1):
         try:
             count = await gossip.join(addresses)
         except Unreachable as error:
             if attempts_max and attempts >= attempts_max:
                 raise ConfigError(f"retry_join: nobody answered in {attempts} attempts, the last: {error}") from error
-            _LOG.warning("join failed, trying again in %g s: %s", interval_s, error)
-            await trio.sleep(interval_s)
+            _LOG.warning("join failed, trying again in %g s: %s", wait_s, error)
+            await trio.sleep(wait_s)
         else:
             _LOG.info("joined the cluster through %d of %d addresses", count, len(addresses))
             return
@@ -95,12 +107,14 @@ class KnownPeers:
 
     async def rejoin(self, peers: Sequence[str], *, interval_s: float) -> None:
         """Joins the peers of the last run; until one answers or another way has found company."""
+        waits = pauses(interval_s)
         while peers and len(self._gossip.members()) < 2:
             try:
                 await self._gossip.join(peers)
             except Unreachable as error:
-                _LOG.debug("no peer of the last run answers, trying again in %g s: %s", interval_s, error)
-                await trio.sleep(interval_s)
+                wait_s = next(waits)
+                _LOG.debug("no peer of the last run answers, trying again in %g s: %s", wait_s, error)
+                await trio.sleep(wait_s)
             else:
                 _LOG.info("joined the peers of the last run again")
 

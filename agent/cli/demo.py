@@ -424,26 +424,30 @@ async def _play(folder: Path, console: Console, *, once: bool) -> int:
     # SIGHUP, too: when the terminal goes away, nothing of the demo may be left behind.
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         play = Demo(folder, console)
-        async with play.stopping_everything(), trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery:
+            show = trio.CancelScope()
 
-            async def wait_for_signal() -> None:
+            async def wait_for_signals() -> None:
                 nonlocal status
-                async for number in signals:
-                    status = 128 + number if status is None else status
-                    _print(console, "Stopping everything ...")
-                    nursery.cancel_scope.cancel()
-                    return
+                async for number in signals:  # the second one changes nothing: stopping has its own deadlines
+                    if not show.cancel_called:
+                        status = 128 + number if status is None else status
+                        _print(console, "Stopping everything ...")
+                        show.cancel()
 
-            nursery.start_soon(wait_for_signal)
-            try:
-                await play.run()
-                status = 0
-                if not once:
-                    play.show_where()
-                    await trio.sleep_forever()
-            except DemoFailed as error:
-                status = 1
-                _complain(error)
+            nursery.start_soon(wait_for_signals)
+            async with play.stopping_everything():
+                with show:
+                    try:
+                        await play.run()
+                        status = 0
+                        if not once:
+                            play.show_where()
+                            await trio.sleep_forever()
+                    except DemoFailed as error:
+                        status = 1
+                        _complain(error)
+                show.cancel()
             nursery.cancel_scope.cancel()
     words = {0: "All of it held; everything is stopped.", 1: "Everything is stopped."}
     _print(console, words.get(status or 0, "Stopped before the end."))

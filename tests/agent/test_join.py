@@ -1,6 +1,7 @@
 """Finding the cluster: addresses given, and the peers of the last run."""
 
 from functools import partial
+from itertools import islice
 
 import pytest
 import trio
@@ -9,7 +10,7 @@ from processes import free_ports
 
 from agent import join
 from agent.gossip_driver import GossipDriver
-from agent.join import KnownPeers, retry_join, without_own
+from agent.join import KnownPeers, pauses, retry_join, without_own
 from mesh.errors import ConfigError
 
 
@@ -72,3 +73,8 @@ def test_a_damaged_peers_file_is_as_good_as_none(tmp_path):
     for text in ("{", "{}", "[1, null]", "\xff", ""):
         (tmp_path / "serf" / "peers.json").write_text(text, "latin-1")
         assert KnownPeers(None, str(tmp_path), ()).load() == ()
+
+
+def test_agents_that_start_together_need_not_wait_a_whole_interval_for_each_other() -> None:
+    assert list(islice(pauses(30.0), 7)) == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert list(islice(pauses(0.5), 2)) == [0.5, 0.5]
