@@ -36,8 +36,10 @@ class _Aggregate:
         self.count += 1
         self.total += value
         self.squares += value * value
-        self.minimum = min(self.minimum, value)
-        self.maximum = max(self.maximum, value)
+        if value < self.minimum:  # `min` and `max` cost three times as much, and this runs for every request
+            self.minimum = value
+        if value > self.maximum:
+            self.maximum = value
 
     def row(self, name: str, labels: Labels) -> dict[str, object]:
         spread = 0.0
@@ -59,6 +61,8 @@ class _Aggregate:
 class _Interval:
     def __init__(self, number: int) -> None:
         self.number = number
+        self.start_s = number * INTERVAL_S
+        self.end_s = (number + 1) * INTERVAL_S
         self.counters: dict[MetricKey, _Aggregate] = {}
         self.samples: dict[MetricKey, _Aggregate] = {}
 
@@ -79,6 +83,8 @@ class Metrics:
         return int(self._unix_time_s() // INTERVAL_S)
 
     def _interval(self) -> _Interval:
+        if self._current.start_s <= self._unix_time_s() < self._current.end_s:
+            return self._current
         number = self._interval_number()
         if number != self._current.number:
             # After a quiet time the interval before this one is empty, not the last one in which something happened.
@@ -92,7 +98,7 @@ class Metrics:
         if key not in self._totals and len(self._totals) >= NAMES_MAX:
             return
         self._totals[key] += value  # type: ignore[assignment]  # counts may be fractions; Counter adds them fine
-        self._interval().counters.setdefault(key, _Aggregate()).add(value)
+        _add(self._interval().counters, key, value)
 
     def sample(self, name: str, value: float, **labels: str) -> None:
         """Notes one observation; durations are milliseconds, as in Consul."""
@@ -105,7 +111,7 @@ class Metrics:
         recent.append(value)
         self._totals[key] += 1
         self._sums[key] += value  # type: ignore[assignment]
-        self._interval().samples.setdefault(key, _Aggregate()).add(value)
+        _add(self._interval().samples, key, value)
 
     def gauge(self, name: str, read: Callable[[], float], **labels: str) -> None:
         """Has `read` asked for the value whenever metrics are shown. It must not raise and must not wait."""
@@ -175,6 +181,13 @@ class MergedMetrics:
             return text + await self._worker_text()
         except MeshError:
             return text
+
+
+def _add(aggregates: dict[MetricKey, _Aggregate], key: MetricKey, value: float) -> None:
+    aggregate = aggregates.get(key)
+    if aggregate is None:
+        aggregate = aggregates[key] = _Aggregate()
+    aggregate.add(value)
 
 
 def _key(name: str, labels: Mapping[str, str]) -> MetricKey:

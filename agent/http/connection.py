@@ -2,26 +2,29 @@
 
 import logging
 from collections import deque
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Literal, Protocol
 
+import msgspec
 import trio
+from msgspec.structs import replace
 
 from agent.http.deadlines import Deadline, Deadlines
 from agent.http.errors import error_response
 from agent.http.params import WAIT_S_DEFAULT, WAIT_S_MAX, Params
 from agent.http.plain_stream import PlainStream
 from agent.http.policy import host_allowed, origin_allowed
-from agent.http.rendering import GZIP_BYTES_MIN, Rendered, accepts_gzip, moved, render, render_compressed
+from agent.http.rendering import GZIP_BYTES_MIN, Rendered, accepts_gzip, encoded, moved, render, render_compressed
 from agent.http.request import ApiRequest, ApiResponse, Handler, Route, text_response
 from agent.http.router import Router
+from agent.repeats import RepeatedLog
 from agent.runtime import Runtime
 from agent.strict_json import MalformedJson
 from agent.telemetry import Metrics
 from mesh.errors import InvalidRequest, MeshError, ProtocolError
 from mesh.http.h1 import CONTINUE, END, EndOfMessage, Rejected, RequestEvent, ServerConnection
-from mesh.http.head import RequestHead, ResponseHead
+from mesh.http.head import Headers, RequestHead, ResponseHead
 
 log = logging.getLogger("mesh.http")
 
@@ -60,7 +63,15 @@ class HttpSettings:
     response_headers: tuple[tuple[str, str], ...] = ()  # http_config.response_headers
     allowed_hosts: frozenset[str] = frozenset()  # besides those that policy.host_allowed knows
 
-    @property
+    @cached_property
+    def common_headers(self) -> Headers:
+        """What all answers carry."""
+        headers = [("X-Consul-Default-Acl-Policy", self.default_policy), *self.response_headers]
+        if self.translate_addresses:
+            headers.append(("X-Consul-Translate-Addresses", "true"))
+        return encoded(headers)
+
+    @cached_property
     def cross_origin(self) -> bool:
         """Whether the operator opened the API to pages of other origins; the browser then enforces which."""
         return any(name.lower() == "access-control-allow-origin" for name, _ in self.response_headers)
@@ -97,8 +108,7 @@ class _RawPathConnection(ServerConnection):
         return raw, query, host
 
 
-@dataclass(frozen=True)
-class _Task:
+class _Task(msgspec.Struct, frozen=True):
     """A request whose head is acceptable, and who answers it once its body is read."""
 
     route: Route
@@ -119,10 +129,12 @@ class HttpConnection:
         client_address: str,
         over_loopback: bool,
         metrics: Metrics | None = None,
+        repeats: RepeatedLog | None = None,
     ) -> None:
         self._stream = stream
         self._plain = stream if isinstance(stream, PlainStream) else None
         self._metrics = metrics
+        self._repeats = repeats or RepeatedLog(log)
         self._router = router
         self._settings = settings
         self._limits = settings.limits
@@ -242,7 +254,8 @@ class HttpConnection:
             self._eof = True
 
     async def _reject(self, rejected: Rejected) -> None:
-        log.info("%s: request refused: %s", self._client_address or "unix socket", rejected.reason)
+        client = self._client_address or "unix socket"
+        self._repeats.log("malformed", logging.INFO, "%s: request refused: %s", client, rejected.reason)
         if self._metrics is not None:
             self._metrics.count("consul.http.malformed")
         await self._send(self._codec.reject(rejected))
@@ -280,7 +293,7 @@ class HttpConnection:
             refusal = text_response(f"Request body too large, max size: {body_max} bytes", status=413)
             await self._respond(head, None, refusal)
         else:
-            request = replace(judged.request, body=body)
+            request = replace(judged.request, body=body) if body else judged.request
             start = trio.current_time()
             self._phase = "handler"
             self._deadline.set(start + self._limits.handler_s)
@@ -412,11 +425,8 @@ class HttpConnection:
         await self._send(self._encode(head, rendered))
 
     def _encode(self, head: RequestHead, rendered: Rendered) -> bytes:
-        settings, body, codec = self._settings, rendered.body, self._codec
-        common = [("X-Consul-Default-Acl-Policy", settings.default_policy), *settings.response_headers]
-        if settings.translate_addresses:
-            common.append(("X-Consul-Translate-Addresses", "true"))
-        headers = rendered.headers(common, now_s=self._runtime.unix_time_s())
+        body, codec = rendered.body, self._codec
+        headers = rendered.headers(self._settings.common_headers, now_s=self._runtime.unix_time_s())
         try:
             data = codec.send_response(ResponseHead(rendered.response.status, headers, len(body)), head)
         except ProtocolError:

@@ -1,14 +1,13 @@
 """What every family over replicated state does: check the datacenter, read, filter, answer."""
 
-from dataclasses import dataclass
+import msgspec
 
 from agent.backend import Backend
 from agent.http.request import ApiRequest, ApiResponse, json_response, query_headers
 from mesh.model.query import AnswerT, Asks, ReadMeta, ReadOptions
 
 
-@dataclass(frozen=True)
-class ReadResult:
+class ReadResult(msgspec.Struct, frozen=True):
     """How a read was made and how fresh its answer is: what the response headers say."""
 
     meta: ReadMeta

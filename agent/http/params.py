@@ -37,6 +37,8 @@ class Params:
         self._wait_s_default = wait_s_default
         self._wait_s_max = wait_s_max
         self._values: dict[str, list[str]] = {}
+        if not query:
+            return
         try:
             pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=PARAMS_MAX)
         except UnicodeDecodeError as error:
@@ -52,7 +54,8 @@ class Params:
 
     def get(self, name: str, default: str = "") -> str:
         """Its first value, else the default."""
-        return self._values.get(name, (default,))[0]
+        values = self._values.get(name)
+        return default if values is None else values[0]
 
     def all(self, name: str) -> tuple[str, ...]:
         """Every value, in order."""
@@ -128,6 +131,8 @@ class Params:
 
     def read_options(self) -> ReadOptions:
         """Everything above that says how to read. Raises InvalidRequest."""
+        if not self._values:
+            return ReadOptions(wait_s=self._wait_s_default)
         consistency = self.consistency()
         max_stale_s: float | None = None
         if self.get("max_stale"):

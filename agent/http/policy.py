@@ -43,6 +43,7 @@ def _is_ip_address(host: str) -> bool:
     return True
 
 
+@lru_cache(maxsize=256)
 def _host(authority: str) -> str:
     """The host of `host`, `host:port` or `[v6]:port`, in lower case, without brackets and final dot."""
     if authority.startswith("["):

@@ -3,13 +3,13 @@
 import gzip
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from email.utils import formatdate
 from functools import lru_cache
 from urllib.parse import quote
 
 import msgspec
 import trio
+from msgspec.structs import replace
 
 from agent.http.request import JSON_TYPE, ApiResponse, text_response
 from mesh.http.head import Headers, RequestHead, tokens
@@ -18,27 +18,33 @@ GZIP_BYTES_MIN = 1024  # below, the answer fits one packet anyway
 GZIP_IN_THREAD_BYTES = 256 * 1024  # above, compressing would stall the agent for milliseconds
 
 
-@dataclass(frozen=True)
-class Rendered:
+class Rendered(msgspec.Struct, frozen=True):
     """A response whose body is final."""
 
     response: ApiResponse
     body: bytes
     compressed: bool = False
 
-    def headers(self, common: Iterable[tuple[str, str]], *, now_s: float) -> Headers:
+    def headers(self, common: Headers, *, now_s: float) -> Headers:
         """Every header but those that frame the message. `common` goes on all answers; `now_s` is Unix time."""
+        response = self.response
         headers = [
-            (b"Content-Type", self.response.content_type.encode()),
+            (b"Content-Type", response.content_type.encode()),
             (b"Date", _date(int(now_s))),
             (b"Vary", b"Accept-Encoding"),
             (b"X-Content-Type-Options", b"nosniff"),  # a key's value is never run as a page of this agent
+            *common,
         ]
         if self.compressed:
             headers.append((b"Content-Encoding", b"gzip"))
-        for name, value in (*common, *self.response.headers):
-            headers.append((name.encode(), value.encode()))
+        if response.headers:
+            headers += encoded(response.headers)
         return tuple(headers)
+
+
+def encoded(headers: Iterable[tuple[str, str]]) -> Headers:
+    """The headers as they go on the wire."""
+    return tuple([(name.encode(), value.encode()) for name, value in headers])
 
 
 def render(response: ApiResponse, *, pretty: bool) -> Rendered:

@@ -5,7 +5,6 @@ them into a status and Consul's bare text. The server adds what every response h
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
@@ -26,16 +25,15 @@ TEXT_TYPE = "text/plain; charset=utf-8"
 _EFFECTIVE_CONSISTENCY = {"default": "leader", "consistent": "consistent", "stale": "stale"}
 
 
-@dataclass(frozen=True)
-class ApiRequest:
+class ApiRequest(msgspec.Struct, frozen=True):
     """One request. `path` is as it came on the wire; `captures` are percent-decoded, once, after matching."""
 
     method: str  # GET for HEAD requests too: no handler ever sees HEAD
     path: str
     params: Params
-    headers: Mapping[str, str] = field(default_factory=dict)  # names in lower case; of equal ones the first
+    headers: Mapping[str, str] = {}  # names in lower case; of equal ones the first
     body: bytes = b""
-    captures: Mapping[str, str] = field(default_factory=dict)
+    captures: Mapping[str, str] = {}
     client_address: str = ""  # IP address, empty on a unix socket
 
     def capture(self, name: str, missing: str = "") -> str:
@@ -60,8 +58,7 @@ class ApiRequest:
             raise Unreachable("No path to datacenter")
 
 
-@dataclass(frozen=True)
-class ApiResponse:
+class ApiResponse(msgspec.Struct, frozen=True):
     """One answer. The server adds Content-Length, Vary, Date and the headers common to all answers."""
 
     status: int = 200
@@ -73,8 +70,7 @@ class ApiResponse:
 Handler = Callable[[ApiRequest], Awaitable[ApiResponse]]
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(msgspec.Struct, frozen=True):
     """A method and a path pattern such as `/v1/agent/join/:address`.
 
     `:name` stands for one segment; as the last one it stands for the whole rest, slashes and emptiness included, as

@@ -1,17 +1,20 @@
 """From a path on the wire to a handler."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
+import msgspec
+
 from agent.http.request import Route
 from mesh.errors import InvalidRequest
 
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f]")
 _START_SEGMENTS = 3  # "", "v1" and the family: what patterns are looked up by
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(msgspec.Struct, frozen=True):
     """The routes of the one pattern that fits, by method, and what its captures stand for, percent-decoded."""
 
     routes: Mapping[str, Route]
@@ -96,10 +99,12 @@ class Router:
 
 def _decoded(text: str) -> str:
     """Percent-decoded once. A control character is refused: it has no place in a name, a log line or a header."""
-    try:
-        decoded = unquote_to_bytes(text).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequest("Request path is not UTF-8") from error
-    if any(character < " " or character == "\x7f" for character in decoded):
+    decoded = text
+    if "%" in text:
+        try:
+            decoded = unquote_to_bytes(text).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidRequest("Request path is not UTF-8") from error
+    if _CONTROL.search(decoded):
         raise InvalidRequest("Request path contains non-printable characters")
     return decoded

@@ -126,9 +126,9 @@ class Leader:
         """
         if self._lease_ended or self._log.commit < self.term_start_index:
             return False
-        if self._is_alone():
+        if self._lease_start_s is not None and now - self._lease_start_s < self._config.lease_s:
             return True
-        return self._lease_start_s is not None and now - self._lease_start_s < self._config.lease_s
+        return self._is_alone()
 
     def _is_alone(self) -> bool:
         return self._log.configuration.voter_ids == (self._id,)
