@@ -7,6 +7,7 @@ from agent.dataplane.identity import SidecarIdentity
 from agent.dataplane.inbound import InboundHttp, InboundTcp
 from agent.dataplane.listener import Listener, ReservedDescriptor
 from agent.dataplane.metrics import ListenerMetrics, Sample, TargetMetrics
+from agent.dataplane.names import Names
 from agent.dataplane.outbound import OutboundHttp, OutboundTcp
 from agent.dataplane.reactor import Reactor
 from agent.dataplane.target import Target
@@ -63,6 +64,7 @@ class Tables:
     def __init__(self, reactor: Reactor, rng: random.Random, *, tracing_endpoint: str = "") -> None:
         """`tracing_endpoint` is used when the configuration names none."""
         self.config = WorkerConfig(version=-1)
+        self.names = Names()  # its `run` is the owner's to start
         self._reactor = reactor
         self._rng = rng
         self._reserved = ReservedDescriptor()
@@ -102,6 +104,7 @@ class Tables:
         self._listeners.update((listener.key, listener) for listener in bound)
         for key in change.closed:
             self._listeners.pop(key).close()
+        self.names.want(_dialed_addresses(config))
         self._swap(change.served)
         self.config = config
         if former_tracer is not None:
@@ -158,7 +161,7 @@ class Tables:
 
     def _new_service(self, item: ServedListener) -> Service:
         metrics = ListenerMetrics(_listener_labels(item))
-        target = Target(self._reactor, self._rng, TargetMetrics(_target_labels(item)))
+        target = Target(self._reactor, self._rng, TargetMetrics(_target_labels(item)), self.names)
         inbound = isinstance(item.listener, InboundListener)
         if item.listener.protocol == "http":
             kind = InboundHttp if inbound else OutboundHttp
@@ -203,6 +206,16 @@ class Tables:
             result.extend(service.target.metrics.samples())
         result.append(("mesh_access_log_dropped", {}, sum(log.dropped for log in self._logs.values())))
         return result
+
+
+def _dialed_addresses(config: WorkerConfig) -> set[str]:
+    outbound = {
+        endpoint.address
+        for sidecar in config.sidecars
+        for listener in sidecar.outbound
+        for endpoint in listener.target.endpoints
+    }
+    return outbound | {sidecar.inbound.local_address for sidecar in config.sidecars if sidecar.inbound is not None}
 
 
 def _identity_key(sidecar: SidecarConfig) -> tuple[str, str, tuple[str, ...], str]:

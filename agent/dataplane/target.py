@@ -9,6 +9,7 @@ from typing import Protocol
 
 from agent.dataplane.connection import Connection
 from agent.dataplane.metrics import TargetMetrics
+from agent.dataplane.names import Names
 from agent.dataplane.reactor import Reactor
 from mesh.errors import InvalidIdentity
 from mesh.http.h1 import END, ClientConnection, Rejected, ResponseEvent
@@ -34,9 +35,9 @@ class Transport(Protocol):
         """Raises InvalidIdentity unless the peer is one of the expected."""
 
 
-def dial_socket(address: str) -> socket.socket:
-    """A non-blocking TCP socket of the address's family, without delay."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+def dial_socket(ip_address: str) -> socket.socket:
+    """A non-blocking TCP socket of the address's family, without delay. Raises OSError when there are no more."""
+    family = socket.AF_INET6 if ":" in ip_address else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.settimeout(0)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -57,7 +58,7 @@ class Dialed(Connection):
     def begin(self) -> None:
         """Connects, shakes hands, verifies; then `ready_to_use`, or `failed`, never before this returns."""
         self.set_deadline(self.reactor.now + self.endpoint.target.connect_timeout_s)
-        self.connect((self.endpoint.address, self.endpoint.port))
+        self.connect((self.endpoint.ip_address(), self.endpoint.port))
 
     def connected(self) -> None:
         """Connection callback."""
@@ -253,6 +254,10 @@ class Endpoint:
             connections_max=target.limits.connections_max, pending_max=target.limits.pending_requests_max
         )
 
+    def ip_address(self) -> str:
+        """Where to connect to. Raises OSError while a host name has no known address."""
+        return self.target.names.address_of(self.address)
+
     def carry(self, exchange: Exchange) -> bool:
         """Finds or opens a channel for the exchange, or lets it wait. False: the limits do not allow it."""
         channel = self.pool.take_idle()
@@ -286,8 +291,8 @@ class Endpoint:
     def _open(self, exchange: Exchange | None) -> None:
         target = self.target
         try:
-            sock = dial_socket(self.address)
-        except OSError as error:  # no descriptor left
+            sock = dial_socket(self.ip_address())
+        except OSError as error:  # no descriptor left, or a name without an address
             self.pool.opened -= 1
             self.connect_failed(error.strerror or str(error))
             target.reactor.call_soon(lambda: self.channel_failed(exchange))
@@ -371,7 +376,8 @@ class Endpoint:
 class Target:
     """The endpoints behind one listener. `update` swaps them; what is in flight keeps what it has."""
 
-    def __init__(self, reactor: Reactor, rng: random.Random, metrics: TargetMetrics) -> None:
+    def __init__(self, reactor: Reactor, rng: random.Random, metrics: TargetMetrics, names: Names) -> None:
+        self.names = names
         self.name = metrics.labels["envoy_cluster_name"]
         self.reactor = reactor
         self.metrics = metrics

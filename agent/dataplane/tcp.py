@@ -65,9 +65,10 @@ class TcpAccepted(Connection):
         self._attempts += 1
         self._tried += (endpoint,)
         try:
-            sock = dial_socket(endpoint.address)
-        except OSError:
-            self.close()
+            sock = dial_socket(endpoint.ip_address())
+        except OSError as error:
+            endpoint.connect_failed(error.strerror or str(error))
+            self.reactor.call_soon(self.far_failed)
             return
         target.metrics.connections += 1
         target.metrics.connections_active += 1

@@ -72,6 +72,7 @@ class Worker:
         """Serves until told to drain, by the agent or by SIGTERM."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._reactor.run)
+            nursery.start_soon(self._tables.names.run)
             nursery.start_soon(self._wait_signals)
             nursery.start_soon(self._flush_logs)
             if self._exit_with_agent:

@@ -12,7 +12,7 @@ import time
 import pytest
 from mesh_pair import Pair
 from msgspec.structs import replace
-from sidecars import REPOSITORY, WorkerProcess, loopback_address
+from sidecars import REPOSITORY, WorkerProcess, free_ports, loopback_address
 
 from agent.dataplane.control import Ack, Configure, Nack, Pong, Stats, frame
 from mesh.proxy.sidecar_config import AccessLogConfig, EndpointConfig, WorkerConfig
@@ -254,3 +254,25 @@ def test_access_log_lines_are_written_in_envoys_format(pair, tmp_path):
     line = path.read_text()
     assert '"GET /x?y HTTP/1.1" 200 - 0 2 ' in line
     assert f'"-" "a\\"b" "id-1" "api" "{hops.address}:21000"\n' in line
+
+
+def test_endpoints_may_have_names(pair):
+    hops = pair.hops()
+    hops.serve()
+    named = {"expected_spiffe_ids": (pair.authority.spiffe_id("api"),)}
+    hops.apply(target={"endpoints": (EndpointConfig("named", "no-such-host.invalid", 21000),), **named})
+    assert ask_once(hops)[0].startswith(b"HTTP/1.1 503 ")
+    client = hops.client()
+    local = pair.authority.two_hops(
+        outbound_port=9191, inbound_port=21000, app_port=8080, address=hops.address, version=pair.next_version(),
+        target={"endpoints": (EndpointConfig("named", "localhost", 21000),), **named},
+    )  # fmt: skip
+    web, api = local.sidecars
+    public = replace(api.inbound, bind_address="127.0.0.1", bind_port=free_ports(1)[0])
+    outbound = replace(web.outbound[0], target=replace(
+        web.outbound[0].target, endpoints=(EndpointConfig("named", "localhost", public.bind_port),)
+    ))  # fmt: skip
+    config = replace(local, sidecars=(replace(web, outbound=(outbound,)), replace(api, inbound=public)))
+    assert pair.worker.configure(config) == Ack(config.version)
+    client.send(GET)
+    assert client.read_message()[1] == b"ok"
