@@ -9,7 +9,8 @@ import logging
 
 import trio
 
-from agent.membership import ServerList, ServerMember, join_address
+from agent.addresses import join_address
+from agent.membership import ServerList, ServerMember
 from agent.raft_driver import RaftDriver
 from agent.rpc import RpcPool
 from agent.rpc_calls import BOOTSTRAP_ANSWERS, CALLS, BootstrapAnswer, BootstrapCall

@@ -7,6 +7,7 @@ import ssl
 import msgspec
 import trio
 
+from agent.addresses import split_address
 from mesh.model.check import CheckDefinition, CheckStatus
 
 
@@ -24,9 +25,10 @@ def http_method(definition: CheckDefinition) -> str:
 
 async def run_tcp(address: str) -> CheckResult:
     """Connects to `host:port` and closes. The caller bounds the time."""
-    host, _, port = address.rpartition(":")
+    endpoint = split_address(address)
+    assert endpoint is not None, "definitions take no other addresses"
     try:
-        stream = await trio.open_tcp_stream(host.strip("[]"), int(port))
+        stream = await trio.open_tcp_stream(*endpoint)
     except OSError as error:
         return CheckResult("critical", f"TCP connect {address}: {reason_of(error)}")
     await trio.aclose_forcefully(stream)

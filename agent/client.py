@@ -5,7 +5,9 @@ import random
 
 import trio
 
-from agent.membership import ServerList, ServerMember, join_address
+from agent.addresses import join_address
+from agent.backoff import backoff_s
+from agent.membership import ServerList, ServerMember
 from agent.rpc import RpcPool
 from agent.rpc_calls import (
     CALLS,
@@ -27,8 +29,8 @@ from mesh.model.query import Answer, AnswerT, Asks, ReadOptions
 _LOG = logging.getLogger("mesh.client")
 
 RPC_TIMEOUT_S = 60.0  # Consul's limits.rpc_client_timeout
-RETRY_PAUSE_S = 0.05
-RETRY_PAUSE_MAX_S = 1.0
+RETRY_S_MIN = 0.05
+RETRY_S_MAX = 1.0
 REBALANCE_INTERVAL_S = 120.0  # Consul: 2 to 3 minutes
 WAIT_JITTER = 16  # the server may add a sixteenth to a blocking query's wait
 
@@ -74,7 +76,7 @@ class ClientBackend:
                 # Broken in the middle of what may have been a long wait: ask the next server for the rest of it.
                 if trio.current_time() > started + wait_s + self._hold_s:
                     raise
-                await trio.sleep(RETRY_PAUSE_S)
+                await trio.sleep(RETRY_S_MIN)
                 continue
             return decode_answer(query, data)
 
@@ -96,7 +98,7 @@ class ClientBackend:
     async def _call(self, body: bytes, *, timeout_s: float, repeatable: bool = True) -> bytes:
         """Asks servers in turn until one answers or the hold time is over."""
         until = trio.current_time() + self._hold_s
-        pause_s = RETRY_PAUSE_S
+        failures = 0
         while True:
             server = self._servers.preferred()
             self._metrics.count("consul.client.rpc")
@@ -118,8 +120,8 @@ class ClientBackend:
             if trio.current_time() >= until:
                 self._metrics.count("consul.client.rpc.failed")
                 raise error
-            await trio.sleep(pause_s * (0.5 + self._rng.random() / 2))
-            pause_s = min(RETRY_PAUSE_MAX_S, pause_s * 2)
+            failures += 1
+            await trio.sleep(backoff_s(failures, rng=self._rng, first_s=RETRY_S_MIN, last_s=RETRY_S_MAX))
 
     def _report(self, server: ServerMember | None, error: MeshError) -> None:
         if server is not None:

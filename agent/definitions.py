@@ -10,6 +10,7 @@ from typing import Literal, TypeVar, cast, get_args
 
 import msgspec
 
+from agent.addresses import join_address, split_address
 from agent.config.loader import meta_problem
 from agent.config.values import RawDefinition
 from agent.strict_json import Fields, MalformedJson, format_duration
@@ -330,11 +331,10 @@ def with_sidecar_port(sidecar: ServiceDefinition, parent: Service, port: int) ->
     if sidecar.checks:
         return ServiceDefinition(service, sidecar.checks)
     proxy = service.proxy or Proxy()
-    address = service.address or proxy.local_service_address or "127.0.0.1"
-    if ":" in address and not address.startswith("["):
-        address = f"[{address}]"
+    host = (service.address or proxy.local_service_address or "127.0.0.1").strip("[]")
+    address = join_address((host, port))
     definitions = (
-        CheckDefinition(name="Connect Sidecar Listening", tcp=f"{address}:{port}", interval_s=SIDECAR_CHECK_INTERVAL_S),
+        CheckDefinition(name="Connect Sidecar Listening", tcp=address, interval_s=SIDECAR_CHECK_INTERVAL_S),
         CheckDefinition(name=f"Connect Sidecar Aliasing {parent.service_id}", alias_service=parent.service_id),
     )
     return ServiceDefinition(service, _identified(definitions, service))
@@ -469,15 +469,10 @@ def _validate_check(check: CheckDefinition) -> None:
             raise InvalidRequest("TTL must be > 0 for TTL checks")
     if check.http and not check.http.startswith(("http://", "https://")):
         raise InvalidRequest(f"HTTP {check.http!r} is not an http or https URL")
-    if check.tcp and not _is_host_port(check.tcp):
+    if check.tcp and split_address(check.tcp) is None:
         raise InvalidRequest(f"TCP {check.tcp!r} is not host:port")
     if check.failures_before_warning > check.failures_before_critical:
         raise InvalidRequest("FailuresBeforeWarning can't be higher than FailuresBeforeCritical")
-
-
-def _is_host_port(text: str) -> bool:
-    host, _, port = text.rpartition(":")
-    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port[:6]) <= 65535
 
 
 def check_row(definition: CheckDefinition, *, node: str, service: Service | None, status: CheckStatus) -> Check:

@@ -8,6 +8,7 @@ from typing import NoReturn
 import trio
 
 from agent.backend import Backend
+from agent.backoff import backoff_s as backoff_s
 from mesh.errors import MeshError, NoLeader
 from mesh.model.query import Answer, AnswerT, Asks, ReadOptions
 
@@ -60,9 +61,3 @@ async def follow(
             deliver(answer)
         elif trio.current_time() - started < _BUSY_S:
             await trio.sleep(_BUSY_S)
-
-
-def backoff_s(failures: int, *, rng: random.Random, first_s: float, last_s: float) -> float:
-    """How long to wait after the n-th failure in a row: doubling from `first_s` to `last_s`, half of it random."""
-    span_s = min(last_s, first_s * 2.0 ** min(failures - 1, 32))
-    return span_s * rng.uniform(0.5, 1.0)

@@ -3,7 +3,6 @@
 import errno
 import ipaddress
 import logging
-import math
 import os
 import random
 import socket
@@ -13,6 +12,8 @@ from functools import partial
 
 import trio
 
+from agent.addresses import join_address, split_address
+from agent.repeats import RepeatedLog
 from mesh.errors import ConfigError, ProtocolError, Unreachable
 from mesh.gossip.config import GossipConfig
 from mesh.gossip.events import (
@@ -55,7 +56,6 @@ _RECEIVE_BUFFER_BYTES = 2 * 1024 * 1024
 _READ_BYTES = 65_536
 # Parsing more than this takes milliseconds, so a worker thread does it.
 _INLINE_PARSE_BYTES = 256 * 1024
-_LOG_AGAIN_S = 10.0
 _ACCEPT_RETRY_S = 0.1
 _JOIN_CONCURRENCY = 8
 _BIND_ATTEMPTS = 10
@@ -106,8 +106,7 @@ class GossipDriver:
         self._outbound = 0
         self._buffered_bytes = 0
         self._parse_limiter = trio.CapacityLimiter(1)
-        self._logged_at: dict[str, float] = {}
-        self._suppressed: dict[str, int] = {}
+        self._repeats = RepeatedLog(logger)
 
     @property
     def counters(self) -> Mapping[str, int]:
@@ -163,7 +162,7 @@ class GossipDriver:
                     failures[address] = str(error)
                     continue
                 for endpoint in endpoints:
-                    nursery.start_soon(join_one, f"{endpoint[0]}:{endpoint[1]}", endpoint)
+                    nursery.start_soon(join_one, join_address(endpoint), endpoint)
         if not reached:
             reasons = "; ".join(f"{address}: {reason}" for address, reason in sorted(failures.items()))
             raise Unreachable(f"no gossip member could be joined: {reasons or 'no address was given'}")
@@ -332,14 +331,7 @@ class GossipDriver:
 
     def _log(self, reason: str, text: str) -> None:
         """One line per reason and interval; the next one says how many were held back."""
-        now = trio.current_time()
-        if now - self._logged_at.get(reason, -math.inf) < _LOG_AGAIN_S:
-            self._suppressed[reason] = self._suppressed.get(reason, 0) + 1
-            return
-        self._logged_at[reason] = now
-        more = self._suppressed.pop(reason, 0)
-        suffix = f" (and {more} more like it)" if more else ""
-        logger.log(logging.INFO if reason in _QUIET_REASONS else logging.WARNING, "%s%s", text, suffix)
+        self._repeats.log(reason, logging.INFO if reason in _QUIET_REASONS else logging.WARNING, "%s", text)
 
     # TCP, outbound.
 
@@ -491,7 +483,10 @@ class GossipDriver:
 
     async def _resolve(self, address: str) -> list[tuple[str, int]]:
         """The endpoints that `host`, `host:port` or `[v6]:port` names. Raises Unreachable."""
-        host, port = split_address(address, default_port=self._bind[1])
+        endpoint = split_address(address, default_port=self._bind[1])
+        if endpoint is None:
+            raise Unreachable(f"{address!r} is not host, host:port or [v6]:port")
+        host, port = endpoint
         try:
             with trio.fail_after(self._config.stream_timeout_s):
                 found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -500,26 +495,6 @@ class GossipDriver:
         except trio.TooSlowError as error:
             raise Unreachable("the name did not resolve in time") from error
         return list(dict.fromkeys((str(info[4][0]), int(info[4][1])) for info in found))
-
-
-def split_address(address: str, *, default_port: int) -> tuple[str, int]:
-    """Host and port of `host`, `host:port`, `[v6]`, `[v6]:port` or a bare IPv6 address. Raises Unreachable."""
-    try:
-        if address.startswith("["):
-            host, bracket, rest = address[1:].partition("]")
-            if not bracket or (rest and not rest.startswith(":")):
-                raise ValueError(address)
-            port = int(rest[1:]) if rest else default_port
-        elif address.count(":") == 1:
-            host, _, port_text = address.partition(":")
-            port = int(port_text)
-        else:
-            host, port = address, default_port
-        if not host or not 0 < port < 65_536:
-            raise ValueError(address)
-    except ValueError as error:
-        raise Unreachable(f"{address!r} is not host, host:port or [v6]:port") from error
-    return host, port
 
 
 def _bound_socket(host: str, port: int, kind: socket.SocketKind) -> socket.socket:

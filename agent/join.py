@@ -9,8 +9,8 @@ from pathlib import Path
 
 import trio
 
-from agent.gossip_driver import GossipDriver, split_address
-from agent.membership import join_address
+from agent.addresses import join_address, split_address
+from agent.gossip_driver import GossipDriver
 from mesh.errors import ConfigError, Unreachable
 from mesh.gossip.events import GossipEvent
 
@@ -23,15 +23,8 @@ PEERS_WRITE_S = 5.0  # a storm of changes is one write
 
 def without_own(addresses: Sequence[str], own: Sequence[tuple[str, int]], *, default_port: int) -> tuple[str, ...]:
     """The addresses that are not this agent's: everyone may be given the same list, and reaching oneself is no join."""
-    kept = []
-    for address in addresses:
-        try:
-            endpoint = split_address(address, default_port=default_port)
-        except Unreachable:  # `join` says what is wrong with it
-            endpoint = None
-        if endpoint not in own:
-            kept.append(address)
-    return tuple(kept)
+    # What is no address at all is kept: `join` says what is wrong with it.
+    return tuple(address for address in addresses if split_address(address, default_port=default_port) not in own)
 
 
 def pauses(interval_s: float) -> Iterator[float]:

@@ -15,7 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from msgspec.structs import replace
 
 from agent.backend import Backend
-from agent.follow import backoff_s, follow
+from agent.backoff import backoff_s
+from agent.follow import follow
 from agent.leaf_files import LeafFiles, StoredLeaf
 from agent.runtime import Runtime
 from mesh.ca.leaf import check_issued, create_csr, renewal_at_s

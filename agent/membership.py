@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 import msgspec
 import trio
 
-from agent.rpc import Address
+from agent.addresses import Address
+from agent.addresses import join_address as join_address
+from agent.addresses import split_address as split_address
 from mesh.gossip.events import GossipEvent, MemberFailed, MemberJoined, MemberLeft, MemberReaped, MemberUpdated
 from mesh.gossip.members import Member
 
@@ -72,20 +74,6 @@ def parse_server(member: Member, datacenter: str) -> ServerMember | None:
         alive=member.status == "alive",
         left=member.status in ("left", "leaving"),
     )
-
-
-def split_address(text: str) -> Address | None:
-    """`host:port` or `[v6]:port` as an address; None when it is neither."""
-    host, separator, port = text.rpartition(":")
-    if not separator or not host or not (port.isascii() and port.isdigit()) or not 0 < int(port[:6]) < 65536:
-        return None
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def join_address(address: Address) -> str:
-    """The text form of an address: IPv6 hosts in brackets."""
-    host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class ServerList:

@@ -13,8 +13,9 @@ from typing import Protocol, TypeVar, cast
 import trio
 
 from agent.backend import Backend
+from agent.backoff import backoff_s
 from agent.dataplane.supervisor import WorkerSupervisor
-from agent.follow import backoff_s, follow
+from agent.follow import follow
 from agent.leaves import Leaf, LeafManager
 from agent.runtime import Runtime
 from agent.sidecar_render import SidecarFacts, UpstreamFacts, render

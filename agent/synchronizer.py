@@ -13,7 +13,7 @@ from typing import NoReturn, TypeVar
 import trio
 
 from agent.backend import Backend
-from agent.follow import backoff_s
+from agent.backoff import backoff_s
 from agent.local_state import LocalState
 from agent.runtime import Runtime
 from mesh.anti_entropy import plan, same_check

@@ -5,6 +5,7 @@ import platform
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
+from agent.addresses import join_address
 from agent.config import AgentConfig
 from agent.http.filtering import filtered
 from agent.http.host_facts import host_facts
@@ -131,7 +132,7 @@ class AgentApi:
     def _debug_config(self) -> JsonObject:
         """The configuration under Consul's names, secrets hidden."""
         config = self._config
-        lan = f"tcp://{_host_port(config.advertise_address, config.ports.serf_lan)}"
+        lan = f"tcp://{join_address((config.advertise_address, config.ports.serf_lan))}"
         return {
             "AdvertiseAddrLAN": config.advertise_address,
             "BindAddr": config.bind_address,
@@ -159,7 +160,7 @@ class AgentApi:
             "RetryJoinIntervalLAN": f"{config.retry_interval_s:g}s",
             "RetryJoinLAN": list(config.retry_join),
             "SerfAdvertiseAddrLAN": lan,
-            "SerfBindAddrLAN": f"tcp://{_host_port(config.bind_address, config.ports.serf_lan)}",
+            "SerfBindAddrLAN": f"tcp://{join_address((config.bind_address, config.ports.serf_lan))}",
             "SerfPortLAN": config.ports.serf_lan,
             "SerfPortWAN": config.ports.serf_wan,
             "ServerMode": config.server,
@@ -234,7 +235,3 @@ class AgentApi:
 def _refuse_wan(request: ApiRequest) -> None:
     if request.params.flag("wan"):
         raise InvalidRequest("This agent has no WAN pool: federation of datacenters is not supported yet")
-
-
-def _host_port(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -8,7 +8,7 @@ from certificates import NOW_S
 from state_backend import StateBackend, WallClock
 
 from agent import follow as follow_module
-from agent.follow import backoff_s, follow
+from agent.follow import follow
 from mesh.errors import NoLeader, Unreachable
 from mesh.model.command import KvSet
 from mesh.model.query import Answer, GetKv, ReadMeta
@@ -80,10 +80,3 @@ async def test_server_that_does_not_block_is_not_hammered(autojump_clock):
     backend = Script(5)
     await heard_from(backend, seconds=10)
     assert len(backend.asked) <= 10 / follow_module._BUSY_S + 2
-
-
-def test_back_off_doubles_to_its_cap_and_half_of_it_is_random():
-    rng = random.Random(1)
-    for failures, span_s in ((1, 0.2), (2, 0.4), (3, 0.8), (6, 6.4), (7, 10.0), (1000, 10.0)):
-        for _ in range(20):
-            assert span_s / 2 <= backoff_s(failures, rng=rng, first_s=0.2, last_s=10.0) <= span_s

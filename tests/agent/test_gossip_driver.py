@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from agent.gossip_driver import INBOUND_STREAMS_MAX, GossipDriver, split_address
+from agent.gossip_driver import INBOUND_STREAMS_MAX, GossipDriver
 from mesh.errors import ConfigError, LimitExceeded, Unreachable
 from mesh.gossip.config import LAN
 from mesh.gossip.events import MemberFailed, MemberJoined, MemberLeft, MemberReaped, MemberUpdated
@@ -115,6 +115,8 @@ async def test_failed_join_names_each_address_and_why(clock):
         text = str(caught.value)
         assert "127.0.0.1:1: Connection refused" in text
         assert "127.0.0.1:99999" in text
+        with pytest.raises(Unreachable, match=r"'\[::1' is not host"):
+            await a.join(["[::1"])
         with pytest.raises(Unreachable, match="no address was given"):
             await a.join([])
 
@@ -351,23 +353,3 @@ async def test_large_state_is_taken_over(clock):
             reply = await read_reply(stream)
         assert [entry.name for entry in reply.nodes] == ["a"]
         await wait_until(lambda: len(a.members()) == 3001, limit_s=5)
-
-
-@pytest.mark.parametrize(
-    ("address", "expected"),
-    [
-        ("host", ("host", 8301)),
-        ("host:1", ("host", 1)),
-        ("[::1]", ("::1", 8301)),
-        ("[::1]:5", ("::1", 5)),
-        ("::1", ("::1", 8301)),
-    ],
-)
-def test_addresses_are_split_as_consul_writes_them(address, expected):
-    assert split_address(address, default_port=8301) == expected
-
-
-@pytest.mark.parametrize("address", ["", "host:", "host:0", "host:x", "[::1", "[::1]x", ":80"])
-def test_bad_addresses_are_unreachable(address):
-    with pytest.raises(Unreachable):
-        split_address(address, default_port=8301)
