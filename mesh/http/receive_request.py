@@ -10,9 +10,22 @@ from mesh.http.receiver import Receiver, Refusal, read_content_length, without_n
 
 TARGET_BYTES_MAX = 8 * 1024  # RFC 9112 section 3 asks for at least 8000
 
+
+def _folded_spellings(name: bytes) -> frozenset[bytes]:
+    """The name with underscores for some of its hyphens, in every combination but none."""
+    first, *rest = name.split(b"-")
+    spellings = [first]
+    for part in rest:
+        spellings = [start + joint + part for start in spellings for joint in (b"-", b"_")]
+    return frozenset(spellings) - {name}
+
+
 # Headers the codec reads itself; every other one passes through untouched. Spellings with an underscore are refused:
-# some applications fold them into the real ones.
-_SPECIAL = HOP_BY_HOP | {b"host", b"expect", b"content_length", b"transfer_encoding"}
+# some applications (CGI, WSGI) fold them into the real ones, which frame the message or say who the caller is.
+_FOLDED = frozenset().union(
+    *map(_folded_spellings, (b"content-length", b"transfer-encoding", b"x-forwarded-client-cert"))
+)
+_SPECIAL = HOP_BY_HOP | {b"host", b"expect"} | _FOLDED
 
 _REFUSED_METHODS = frozenset((b"CONNECT", b"TRACE"))
 
