@@ -95,6 +95,7 @@ class Agent:
         self._scope = trio.CancelScope()  # everything; replaced when `run` begins
         self._cluster: ServerCluster | ClientCluster
         self._peers: KnownPeers
+        self._host: Host
 
     @property
     def _backend(self) -> Backend:
@@ -116,7 +117,7 @@ class Agent:
         self._cluster = await self._make_cluster()
         self._peers = KnownPeers(self._cluster.gossip, config.data_dir, self._own_gossip_addresses())
         self._cluster.subscribe(self._peers.handle_event)
-        host = self._make_host()
+        host = self._host = self._make_host()
         try:
             await self._serve_until_stopped(host)
         finally:
@@ -196,6 +197,7 @@ class Agent:
 
     async def _leave(self) -> None:
         _LOG.info("leaving the cluster")
+        self._host.stop_syncing()
         await self._cluster.leave()
         self._peers.forget()
         self._has_left = True

@@ -108,6 +108,7 @@ class Host:
             trace_sampling=sampling,
         )
         self._is_stopping = False
+        self._syncing = trio.CancelScope()
 
     async def load(self) -> None:
         """Brings back what was registered before, then adds what the configuration files define.
@@ -134,10 +135,18 @@ class Host:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_running, "leaves", self.leaves.run)
             nursery.start_soon(self._keep_running, "checks", self.checks.run)
-            nursery.start_soon(self._keep_running, "synchronizer", self._synchronizer.run)
+            nursery.start_soon(self._run_synchronizer)
             nursery.start_soon(self._keep_running, "worker supervisor", self.supervisor.run)
             nursery.start_soon(self._keep_running, "sidecars", self._sidecars.run)
             task_status.started()
+
+    async def _run_synchronizer(self) -> None:
+        with self._syncing:
+            await self._keep_running("synchronizer", self._synchronizer.run)
+
+    def stop_syncing(self) -> None:
+        """Before leaving: the leader removes this node from the catalog, and a late sync must not bring it back."""
+        self._syncing.cancel()
 
     async def stop(self, *, drain: bool) -> None:
         """Lets go of the worker: with `drain` it finishes what is open and exits, else it serves on for the
