@@ -93,6 +93,7 @@ class Cluster:
         self._pool = RpcPool(runtime.random_source("rpc"))
         self._subscribers: list[Callable[[GossipEvent], None]] = [self.servers.handle_event]
         metrics.gauge("consul.serf.member.count", lambda: float(len(self.gossip.members())))
+        metrics.gauge("mesh.gossip.refused", lambda: float(sum(self.gossip.counters.values())))
 
     # made by the subclasses' constructors
     gossip: GossipDriver

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
+from agent.repeats import RepeatedLog
 from agent.rpc_frames import (
     ANSWER_BYTES_MAX,
     CALL_BYTES_MAX,
@@ -150,6 +151,7 @@ class RpcServer:
         self._connections: Counter[str] = Counter()
         self._callers: set[_ServerConnection] = set()
         self._is_draining = False
+        self._repeats = RepeatedLog(_LOG)
         self.counters: Counter[str] = Counter()
 
     @property
@@ -175,7 +177,8 @@ class RpcServer:
             or self._connections.total() >= self._connections_max
         ):
             self.counters["connections_refused"] += 1
-            _LOG.warning("refused a connection from %s: it has %d open already", peer, self._connections[peer])
+            open_here = self._connections[peer]
+            self._repeats.warning("refused", "refused a connection from %s: it has %d open already", peer, open_here)
             await close_quietly(stream)
             return
         self._connections[peer] += 1
@@ -186,7 +189,7 @@ class RpcServer:
             reasons = _leaves(error)
             if any(isinstance(reason, ProtocolError | ssl.SSLError) for reason in reasons):
                 self.counters["connections_malformed"] += 1
-                _LOG.warning("closed the connection from %s: %s", peer, reasons[0])
+                self._repeats.warning("malformed", "closed the connection from %s: %s", peer, reasons[0])
             elif all(isinstance(reason, Unreachable | OSError | trio.BrokenResourceError) for reason in reasons):
                 _LOG.debug("the connection from %s ended: %s", peer, reasons[0])
             else:

@@ -185,16 +185,22 @@ class AgentProcess:
     # -- its services
 
     def register(
-        self, name: str, port: int, *, sidecar_port: int, upstreams: Mapping[str, int] | None = None, **fields: object
+        self,
+        name: str,
+        port: int,
+        *,
+        sidecar_port: int,
+        upstreams: Mapping[str, int] | None = None,
+        proxy: Mapping[str, object] | None = None,
     ) -> None:
         """A service on this agent's address, with a sidecar; `upstreams`: the local port of each."""
         declared = [
             {"destination_name": upstream, "local_bind_address": self.address, "local_bind_port": local_port}
             for upstream, local_port in (upstreams or {}).items()
         ]
-        proxy = {"local_service_address": self.address, "upstreams": declared}
-        sidecar = {"port": sidecar_port, "proxy": proxy}
-        body = {"name": name, "port": port, "connect": {"sidecar_service": sidecar}, **fields}
+        given = {"local_service_address": self.address, "upstreams": declared, **(proxy or {})}
+        sidecar = {"port": sidecar_port, "proxy": given}
+        body = {"name": name, "port": port, "connect": {"sidecar_service": sidecar}}
         self.put("/v1/agent/service/register", body)
 
     def intend(self, source: str, destination: str, action: str) -> None:

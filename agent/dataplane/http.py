@@ -1,6 +1,7 @@
 """HTTP on either side of a sidecar: the accepted connection, and what inbound and outbound services share."""
 
 import bisect
+import logging
 import socket
 import time
 from collections.abc import Sequence
@@ -70,7 +71,6 @@ class HttpAccepted(Connection):
         if self.service.identify(self):
             self.start()
         else:
-            self.service.metrics.tls_errors += 1
             self.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -133,6 +133,7 @@ class HttpAccepted(Connection):
     def _refuse(self, rejected: Rejected) -> None:
         """Malformed input: our last answer on this connection, if there is room for one."""
         self.service.metrics.protocol_errors += 1
+        self.reactor.repeats.log("malformed", logging.INFO, "%s: request refused: %s", self.peer, rejected.reason)
         exchange = self.exchange
         if exchange is not None:
             started = exchange.response_started
@@ -218,6 +219,7 @@ class HttpAccepted(Connection):
         """Connection callback."""
         if self._handshaking:
             self.service.metrics.tls_errors += 1
+            self.reactor.repeats.log("handshake", logging.INFO, "%s: no TLS handshake: %s", self.peer, reason)
         if self._relay is not None:
             self._relay.broke(self)
 

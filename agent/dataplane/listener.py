@@ -104,6 +104,8 @@ class Listener:
         acceptor.metrics.connections += 1
         if acceptor.metrics.active >= acceptor.connections_max:
             acceptor.metrics.overflow += 1
+            text = "port %d: connection from %s refused: %d are open, its limit"
+            self._reactor.repeats.warning("overflow", text, self.key.port, address[0], acceptor.connections_max)
             sock.close()
             return
         try:

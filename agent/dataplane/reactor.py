@@ -16,6 +16,8 @@ from typing import Protocol
 
 import trio
 
+from agent.repeats import RepeatedLog
+
 _LOG = logging.getLogger("mesh.dataplane")
 
 TURNS_S = 0.005  # of batches in a row; then Trio's own tasks run, whatever the traffic
@@ -72,6 +74,7 @@ class Reactor:
         self._clock = trio.lowlevel.current_clock().current_time
         self.now = self._clock()
         self.faults = 0
+        self.repeats = RepeatedLog(_LOG)  # what peers can cause
 
     def time(self) -> float:
         """Seconds on the reactor's clock, this instant."""

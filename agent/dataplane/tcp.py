@@ -1,5 +1,6 @@
 """Plain TCP through a sidecar: connect first, then relay both ways with half-close and back-pressure."""
 
+import logging
 import socket
 from typing import Protocol
 
@@ -120,6 +121,7 @@ class TcpAccepted(Connection):
         """Connection callback."""
         if self._handshaking:
             self.service.metrics.tls_errors += 1
+            self.reactor.repeats.log("handshake", logging.INFO, "%s: no TLS handshake: %s", self.peer, reason)
 
     def finished(self) -> None:
         """Connection callback."""

@@ -130,7 +130,7 @@ class Worker:
                 try:
                     await self._answer_all(stream, scope)
                 except MeshError as error:
-                    _LOG.warning("a control connection was closed: %s", error)
+                    self._reactor.repeats.warning("control", "a control connection was closed: %s", error)
                 except trio.BrokenResourceError:
                     _LOG.info("the agent's control connection broke")
                 except trio.TooSlowError:

@@ -26,6 +26,7 @@ from agent.http.deadlines import Deadlines
 from agent.http.plain_stream import PlainStream
 from agent.http.request import Route
 from agent.http.router import Router
+from agent.repeats import RepeatedLog
 from agent.runtime import Runtime
 from agent.telemetry import Metrics
 from mesh.errors import ConfigError
@@ -75,6 +76,7 @@ class HttpServer:
     ) -> None:
         """`metrics`: where requests are timed and refusals counted (`consul.api.http`, `consul.http.*`)."""
         self._metrics = metrics
+        self._repeats = RepeatedLog(log)
         if metrics is not None:
             metrics.gauge("consul.http.connections", lambda: self.connection_count)
         self._router = Router(routes)
@@ -163,7 +165,8 @@ class HttpServer:
                 await trio.sleep(ACCEPT_PAUSE_S)
                 continue
             if self._open >= self._connections_max:
-                log.warning("connection refused: %d are open, the most this agent takes", self._open)
+                text = "connection refused: %d are open, the most this agent takes"
+                self._repeats.warning("full", text, self._open)
                 self._count_refused()
                 stream.socket.close()
                 continue
@@ -196,6 +199,7 @@ class HttpServer:
                 client_address=client,
                 over_loopback=over_loopback,
                 metrics=self._metrics,
+                repeats=self._repeats,
             )
             self._connections.add(connection)
             if self._accepting.cancel_called:
@@ -205,7 +209,8 @@ class HttpServer:
             finally:
                 self._connections.discard(connection)
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError) as error:
-            log.info("%s: connection lost: %s", client or "client", error or type(error).__name__)
+            reason = error or type(error).__name__
+            self._repeats.log("lost", logging.INFO, "%s: connection lost: %s", client or "client", reason)
         except Exception:
             log.exception("%s: the connection was closed by an internal error", client or "client")
         finally:
@@ -225,7 +230,8 @@ class HttpServer:
 
     async def _refuse(self, tcp: trio.SocketStream, client: str, *, encrypted: bool) -> None:
         self._count_refused()
-        log.warning("%s: connection refused: it has %d open", client, self._per_client[client] - 1)
+        open_here = self._per_client[client] - 1
+        self._repeats.warning("refused", "%s: connection refused: it has %d open", client, open_here)
         if not encrypted:
             with trio.move_on_after(REFUSAL_S):
                 await tcp.send_all(_TOO_MANY)
