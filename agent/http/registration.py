@@ -7,9 +7,10 @@ and a check carries its state, not a way to run it.
 from typing import Literal, cast
 
 from agent.definitions import proxy_definition
+from agent.definitions.fields import refuse_tenancy, tagged_addresses
 from agent.strict_json import Fields
 from mesh.errors import InvalidRequest, Refused
-from mesh.model.catalog import Node, Proxy, Service, ServiceAddress, ServiceKind, Weights
+from mesh.model.catalog import Node, Proxy, Service, ServiceKind, Weights
 from mesh.model.check import Check, CheckDefinition, CheckStatus
 from mesh.model.command import Deregister, Register
 
@@ -41,7 +42,7 @@ _STATUSES = ("passing", "warning", "critical")
 def register_command(body: object, datacenter: str) -> tuple[Register, str]:
     """The command, and the datacenter that the body names, if any. Raises MalformedJson, InvalidRequest, Refused."""
     fields = Fields(body, _REGISTER)
-    _refuse_tenancy(fields)
+    _refuse_peers_and_tenancy(fields)
     node_name, address = fields.text("Node"), fields.text("Address")
     skip_node_update = fields.boolean("SkipNodeUpdate")
     if not node_name:
@@ -68,23 +69,21 @@ def register_command(body: object, datacenter: str) -> tuple[Register, str]:
 def deregister_command(body: object) -> tuple[Deregister, str]:
     """The command, and the datacenter that the body names. Raises MalformedJson, InvalidRequest, Refused."""
     fields = Fields(body, _DEREGISTER)
-    _refuse_tenancy(fields)
+    _refuse_peers_and_tenancy(fields)
     if not fields.text("Node"):
         raise Refused("Must provide node")
     command = Deregister(fields.text("Node"), fields.text("ServiceID"), fields.text("CheckID"))
     return command, fields.text("Datacenter")
 
 
-def _refuse_tenancy(fields: Fields) -> None:
-    for name in ("Namespace", "Partition"):
-        if fields.text(name) not in ("", "default"):
-            raise InvalidRequest(f"Invalid {name.lower()} {fields.text(name)!r}: there is only the default one")
+def _refuse_peers_and_tenancy(fields: Fields) -> None:
+    refuse_tenancy(fields)
     if fields.text("PeerName"):
         raise InvalidRequest("PeerName is not supported: this cluster has no peers")
 
 
 def _service(fields: Fields) -> Service:
-    _refuse_tenancy(fields)
+    _refuse_peers_and_tenancy(fields)
     if fields.items("Ports"):
         raise InvalidRequest("Ports of a service is not supported; give Port")
     name = fields.text("Service")
@@ -96,17 +95,13 @@ def _service(fields: Fields) -> Service:
         raise InvalidRequest("Connect.SidecarService belongs in a registration with an agent")
     kind = cast(ServiceKind, fields.choice("Kind", _KINDS))
     proxy = proxy_definition(fields.raw("Proxy")) if "Proxy" in fields else Proxy()
-    addresses: dict[str, ServiceAddress] = {}
-    for tag, value in fields.mapping("TaggedAddresses").items():
-        inner = Fields(value, ("Address", "Port"), where=f"Service.TaggedAddresses[{tag}]")
-        addresses[tag] = ServiceAddress(inner.text("Address"), inner.integer("Port", low=0, high=65535))
     return Service(
         service=name,
         service_id=fields.text("ID") or name,
         kind=kind,
         tags=fields.texts("Tags"),
         address=fields.text("Address"),
-        tagged_addresses=addresses,
+        tagged_addresses=tagged_addresses(fields),
         meta=fields.text_map("Meta"),
         port=fields.integer("Port", low=0, high=65535),
         socket_path=fields.text("SocketPath"),
@@ -121,7 +116,7 @@ def _service(fields: Fields) -> Service:
 
 
 def _check(fields: Fields, node_name: str, service: Service | None) -> Check:
-    _refuse_tenancy(fields)
+    _refuse_peers_and_tenancy(fields)
     if fields.text("Node") not in ("", node_name):
         raise Refused(f"Node {fields.text('Node')!r} of a check is not the node {node_name!r} that is registered")
     name = fields.text("Name")

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from agent.config.values import RawDefinition
 from agent.definitions import (
-    CHECKS_MAX,
     check_definition,
     check_row,
     configured_checks,
@@ -15,6 +14,7 @@ from agent.definitions import (
     service_definition,
     with_sidecar_port,
 )
+from agent.definitions.check import CHECKS_MAX
 from agent.strict_json import MalformedJson, decode, snake_case
 from mesh.errors import ConfigError, InvalidRequest
 from mesh.model.catalog import Proxy, ServiceAddress, Upstream, Weights
