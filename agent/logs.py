@@ -27,6 +27,10 @@ _LEVELS = {
 _NAMES = {number: name for name, number in _LEVELS.items()}
 
 
+# Names, reasons and peers' words come from other hosts: none of them may begin a line or speak to a terminal.
+_ESCAPES = {number: f"\\x{number:02x}" for number in (*range(0x20), *range(0x7F, 0xA0))}
+
+
 def _stamp(record: logging.LogRecord) -> str:
     whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
     return f"{whole}.{int(record.msecs):03d}Z"
@@ -37,7 +41,8 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"[{_NAMES.get(record.levelno, record.levelname)}]"
-        text = f"{_stamp(record)} {level:<7} {record.name.removeprefix('mesh.')}: {record.getMessage()}"
+        text = f"{_stamp(record)} {level:<7} {record.name.removeprefix('mesh.')}: "
+        text += record.getMessage().translate(_ESCAPES)
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         return text

@@ -11,6 +11,7 @@ from agent.addresses import join_address as join_address
 from agent.addresses import split_address as split_address
 from mesh.gossip.events import GossipEvent, MemberFailed, MemberJoined, MemberLeft, MemberReaped, MemberUpdated
 from mesh.gossip.members import Member
+from mesh.names import is_node_name
 
 SERVER_ROLE = "consul"  # Consul's own values: `consul members` and Serf tools read them
 CLIENT_ROLE = "node"
@@ -60,10 +61,11 @@ def _common_tags(datacenter: str, node_id: str, build: str) -> dict[str, str]:
 def parse_server(member: Member, datacenter: str) -> ServerMember | None:
     """The member as a server of the datacenter; None when it is none, or when its tags make no sense."""
     tags = member.tags
-    if tags.get("role") != SERVER_ROLE or tags.get("dc") != datacenter or not tags.get("id"):
+    if tags.get("role") != SERVER_ROLE or tags.get("dc") != datacenter or not is_node_name(tags.get("id", "")):
         return None
     port, expect = tags.get("port", ""), tags.get("expect", "0")
-    if not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
+    # Five digits: a longer number, whatever it begins with, would be an error only where somebody dials it.
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536):
         return None
     return ServerMember(
         name=member.name,

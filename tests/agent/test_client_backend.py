@@ -3,6 +3,7 @@
 import random
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 import trio
 from clusters import three_servers, until
@@ -186,3 +187,16 @@ def test_clients_spread_over_the_servers():
 
 def test_a_server_of_another_datacenter_is_none_of_ours():
     assert parse_server(member("s1"), "dc2") is None
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [{"port": "00001" + "9" * 400}, {"port": "0"}, {"port": "65536"}, {"port": "-1"}, {"port": "٨٣٠٠"},
+     {"id": "\x1b[2J"}, {"id": "a/b"}, {"id": ""}, {"id": "i" * 400}],
+)  # fmt: skip
+def test_a_member_whose_tags_make_no_server_is_none_and_nobody_dials_it(tags):
+    rogue = member("rogue")
+    rogue = msgspec.structs.replace(rogue, tags={**rogue.tags, **tags})
+    servers = ServerList("dc1", random.Random(1))
+    servers.handle_event(MemberJoined(rogue))
+    assert servers.preferred() is None

@@ -50,3 +50,8 @@ def test_a_reader_that_does_not_read_costs_lines_not_time(monkeypatch):
         received += os.read(reader, 1 << 20)
     assert received.startswith(b"0 xxx")
     os.close(reader)
+
+
+def test_words_of_others_cannot_forge_lines_or_speak_to_a_terminal():
+    line = TextFormatter().format(record(logging.INFO, "node a\n2026 [ERROR] forged \x1b[2J\x9b2J \x00 bücher"))
+    assert line.endswith(r"raft: node a\x0a2026 [ERROR] forged \x1b[2J\x9b2J \x00 bücher")
