@@ -97,7 +97,7 @@ class _Waiter:
     """A task that waits for one result, without the cost of an Event per proposal."""
 
     term: int
-    since_s: float
+    until_s: float
     task: trio.lowlevel.Task | None = None
     is_done: bool = False
     result: object = None
@@ -312,15 +312,19 @@ class RaftDriver:
 
     def _expire(self, now: float) -> None:
         # Dictionaries keep their order, so the oldest are first.
-        for waiters in (self._waiters, self._reads.waiting):
-            while waiters:
-                key, waiter = next(iter(waiters.items()))
-                if now - waiter.since_s < WAIT_S_MAX:
-                    break
-                del waiters[key]
-                waiter.fail(
-                    OutcomeUnknown(f"not committed within {WAIT_S_MAX:.0f} s: the other servers do not keep up")
-                )
+        while self._waiters:
+            index, waiter = next(iter(self._waiters.items()))
+            if now < waiter.until_s:
+                break
+            del self._waiters[index]
+            waiter.fail(OutcomeUnknown(f"not committed within {WAIT_S_MAX:.0f} s: the other servers do not keep up"))
+        for read_id in [read_id for read_id, waiter in self._reads.waiting.items() if now >= waiter.until_s]:
+            self._reads.waiting.pop(read_id).fail(NotLeader(None))
+        if any(now >= waiter.until_s for _, waiter in self._reads.confirmed):
+            for _, waiter in self._reads.confirmed:
+                if now >= waiter.until_s:
+                    waiter.fail(NotLeader(None))
+            self._reads.confirmed = [pair for pair in self._reads.confirmed if now < pair[1].until_s]
 
     def _fail_all(self) -> None:
         gone = OutcomeUnknown("this server stopped before the write was committed")
@@ -412,7 +416,7 @@ class RaftDriver:
 
     async def _wait_applied(self, node: Node, index: int) -> object:
         assert index not in self._waiters, "a waiter of a lost term is failed before the index is used again"
-        waiter = self._waiters[index] = _Waiter(node.term, trio.current_time())
+        waiter = self._waiters[index] = _Waiter(node.term, trio.current_time() + WAIT_S_MAX)
         self._wake()
         try:
             return await waiter.wait()
@@ -420,14 +424,15 @@ class RaftDriver:
             if self._waiters.get(index) is waiter:
                 del self._waiters[index]
 
-    async def read_index(self) -> int:
+    async def read_index(self, wait_s: float = WAIT_S_MAX) -> int:
         """Leader: an index that holds every write acknowledged before this call; it is applied here.
 
-        One round trip to a quorum, shared by all reads that come meanwhile (dissertation 6.4). Raises NotLeader.
+        One round trip to a quorum, shared by all reads that come meanwhile (dissertation 6.4). Raises NotLeader, also
+        when no quorum has answered within `wait_s` (to the next heartbeat): a deadline of the caller's would cost more.
         """
         node = self._running()
         read_id = node.request_read()
-        waiter = self._reads.waiting[read_id] = _Waiter(node.term, trio.current_time())
+        waiter = self._reads.waiting[read_id] = _Waiter(node.term, trio.current_time() + wait_s)
         self._wake()
         try:
             result = await waiter.wait()

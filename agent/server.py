@@ -261,10 +261,7 @@ class ServerBackend:
             return
         if options.consistency == "stale":
             return
-        with trio.move_on_after(self._hold_s):
-            await self._raft.read_index()
-            return
-        raise NotLeader(None)
+        await self._raft.read_index(self._hold_s)
 
     def _meta(self, index: int) -> ReadMeta:
         contact_s = self._last_contact_s()

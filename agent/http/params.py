@@ -40,7 +40,7 @@ class Params:
         if not query:
             return
         try:
-            pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=PARAMS_MAX)
+            pairs = _pairs(query)
         except UnicodeDecodeError as error:
             raise InvalidRequest("The query string is not UTF-8") from error
         except ValueError as error:
@@ -143,6 +143,15 @@ class Params:
         return ReadOptions(
             min_index=self.index(), wait_s=self.wait_s(), consistency=consistency, max_stale_s=max_stale_s
         )
+
+
+def _pairs(query: str) -> list[tuple[str, str]]:
+    """Names and values. Raises ValueError when there are too many, UnicodeDecodeError when they are not UTF-8."""
+    if "%" not in query and "+" not in query and query.count("&") < PARAMS_MAX:
+        # Nothing to decode, as in most: what is below takes ten times as long for `stale`.
+        split = [part.partition("=") for part in query.split("&") if part]
+        return [(name, value) for name, _, value in split]
+    return parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=PARAMS_MAX)
 
 
 def _unsigned(text: str) -> int | None:

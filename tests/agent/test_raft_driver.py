@@ -318,6 +318,20 @@ async def test_reads_are_confirmed_by_a_quorum_and_see_earlier_writes(clock: Moc
         nursery.cancel_scope.cancel()
 
 
+async def test_read_that_no_quorum_confirms_ends_in_the_time_it_was_given(clock: MockClock, sqlite_stores) -> None:
+    async with trio.open_nursery() as nursery:
+        cluster = Cluster(nursery, sqlite_stores)
+        await three(cluster)
+        leader = await cluster.leader()
+        await cluster.propose(b"x")
+        cluster.cut_off.add(leader)
+        started = trio.current_time()
+        with pytest.raises(NotLeader):
+            await cluster.drivers[leader].read_index(0.1)
+        assert 0.1 <= trio.current_time() - started <= 0.1 + 2 * CONFIG.heartbeat_interval_s
+        nursery.cancel_scope.cancel()
+
+
 async def test_leadership_is_handed_over_at_once(clock: MockClock, sqlite_stores) -> None:
     async with trio.open_nursery() as nursery:
         cluster = Cluster(nursery, sqlite_stores)
