@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import trio
 
-from agent.rpc import BACKOFF_FIRST_S, BACKOFF_MAX_S, Address, open_connection
+from agent.addresses import Address
+from agent.backoff import backoff_s
+from agent.rpc.connection import RECONNECT_S_MAX, RECONNECT_S_MIN, open_connection
 from agent.rpc_frames import Hello, Purpose, close_quietly, frame, message_frame, send_all
 from mesh.errors import Unreachable
 
@@ -66,21 +68,21 @@ class RaftTransport:
             self.counters["raft_messages_dropped"] += 1
 
     async def _run_link(self, peer_id: str, link: "_Link") -> None:
-        pause_s = BACKOFF_FIRST_S
+        failures = 0
         while True:
             await link.wait()
             address = self._resolve(peer_id)
             if address is not None:
                 try:
                     await self._send_until_broken(address, link)
-                    pause_s = BACKOFF_FIRST_S
+                    failures = 0
                 except* Unreachable as group:
                     _LOG.debug("raft messages to %s: %s", peer_id, group.exceptions[0])
                 except* Exception:
                     _LOG.exception("sending raft messages to %s failed; connecting again", peer_id)
             link.clear()  # old by now, and Raft repeats what still matters
-            await trio.sleep(pause_s * (0.5 + self._rng.random() / 2))
-            pause_s = min(BACKOFF_MAX_S, pause_s * 2)
+            failures += 1
+            await trio.sleep(backoff_s(failures, rng=self._rng, first_s=RECONNECT_S_MIN, last_s=RECONNECT_S_MAX))
 
     async def _send_until_broken(self, address: Address, link: "_Link") -> None:
         stream = await open_connection(address, Purpose.RAFT, self._context, self._server_name)

@@ -13,9 +13,12 @@ from certificates import CA, KEY, LEAF, key_pem, pem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent import rpc, tls
+from agent import tls
+from agent.addresses import Address
 from agent.raft_transport import QUEUED_MESSAGES_MAX, RaftTransport
-from agent.rpc import Address, RpcPool, RpcServer
+from agent.rpc import RpcPool, RpcServer
+from agent.rpc import pool as rpc_pool
+from agent.rpc import server as rpc_server
 from agent.rpc_frames import (
     CALL_BYTES_MAX,
     CLIENT_MESSAGES,
@@ -305,7 +308,7 @@ async def test_a_half_open_server_is_given_up(autojump_clock):
         started = trio.current_time()
         with pytest.raises(OutcomeUnknown):
             await pool.call(address, b"echo x", timeout_s=600)
-        assert trio.current_time() - started < rpc.SILENCE_MAX_S + 2 * rpc.PING_INTERVAL_S
+        assert trio.current_time() - started < rpc_pool.SILENCE_MAX_S + 2 * rpc_pool.PING_INTERVAL_S
         nursery.cancel_scope.cancel()
 
 
@@ -341,11 +344,11 @@ async def test_bad_bytes_close_that_connection_only(junk: bytes):
 @pytest.mark.parametrize(
     ("sent", "within_s"),
     [
-        (b"", rpc.HANDSHAKE_DEADLINE_S),
-        (MAGIC, rpc.HANDSHAKE_DEADLINE_S),
-        (preface(Purpose.CALLS), rpc.SERVER_IDLE_MAX_S),
+        (b"", rpc_server.HANDSHAKE_DEADLINE_S),
+        (MAGIC, rpc_server.HANDSHAKE_DEADLINE_S),
+        (preface(Purpose.CALLS), rpc_server.SERVER_IDLE_MAX_S),
         (preface(Purpose.CALLS) + message_frame(Call(1, b"echo x"))[:-1], 12),
-        (preface(Purpose.RAFT), rpc.HANDSHAKE_DEADLINE_S),
+        (preface(Purpose.RAFT), rpc_server.HANDSHAKE_DEADLINE_S),
         (preface(Purpose.RAFT) + message_frame(Hello("s1")) + b"\x00\x00\x00\x05abc", 12),
     ],
 )
@@ -393,7 +396,7 @@ async def test_connections_from_one_address_are_capped():
 
 async def test_open_calls_on_one_connection_are_capped(monkeypatch):
     async with running() as (service, _, pool, address):
-        monkeypatch.setattr(rpc, "IN_FLIGHT_MAX", 10)
+        monkeypatch.setattr(rpc_server, "IN_FLIGHT_MAX", 10)
         stream = await trio.open_tcp_stream(*address)
         await stream.send_all(preface(Purpose.CALLS))
         await stream.send_all(b"".join(message_frame(Call(number, b"wait")) for number in range(20)))
