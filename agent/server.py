@@ -30,9 +30,16 @@ from agent.rpc_calls import (
 )
 from agent.telemetry import Metrics
 from agent.watches import Watches
-from mesh.errors import NoLeader, NotLeader, OutcomeUnknown, Unreachable
+from mesh.errors import NoLeader, NotLeader, OutcomeUnknown, Refused, Unreachable
 from mesh.model.ca import IssuedLeaf
-from mesh.model.command import COMMAND_CODEC, RESULT_CODEC, Command, CommandResult
+from mesh.model.command import (
+    COMMAND_CODEC,
+    RESULT_CODEC,
+    CaRootsSet,
+    Command,
+    CommandResult,
+    TombstonesReap,
+)
 from mesh.model.query import Answer, AnswerT, Asks, ReadMeta, ReadOptions
 from mesh.state import queries
 from mesh.state.store import Store
@@ -145,6 +152,9 @@ class ServerBackend:
         call: ServerCall = CALLS.decode(body)
         self._metrics.count("consul.rpc.request")
         match call:
+            case ApplyCall(CaRootsSet() | TombstonesReap() as command):
+                # A leader writes these by itself. Taken from anyone, a root would make its sender the whole mesh's CA.
+                raise Refused(f"{type(command).__name__} is the leader's own to write")
             case ApplyCall(command, forwarded):
                 return RESULT_CODEC.encode(await self._apply(command, forwarded=forwarded))
             case ReadCall(query, options, forwarded):

@@ -4,8 +4,9 @@ import pytest
 import trio
 from clusters import three_servers, until, world
 
-from mesh.errors import NoLeader
-from mesh.model.command import Applied, KvSet
+from agent.rpc_calls import CALLS, ApplyCall
+from mesh.errors import NoLeader, Refused
+from mesh.model.command import Applied, CaRootsSet, KvSet, TombstonesReap
 from mesh.model.query import GetKv, ListKv, ReadOptions
 
 
@@ -166,3 +167,14 @@ async def test_everything_is_there_after_a_restart_of_all_servers(tmp_path):
             for number in range(20):
                 assert await get(agent, f"k{number}") == b"%d" % number
         assert cluster.leader().cluster.store.cluster_id == cluster_id != ""
+
+
+async def test_nobody_else_writes_what_is_the_leaders_own():
+    async with world(expect=1) as cluster:
+        await cluster.start_server("s1")
+        leader = await cluster.wait_for_leader()
+        await until(lambda: leader.cluster.store.cluster_id)
+        for command in (CaRootsSet(leader.cluster.store.cluster_id, (), 1), TombstonesReap(10**9)):
+            for forwarded in (False, True):
+                with pytest.raises(Refused, match="the leader's own"):
+                    await leader.backend.handle(CALLS.encode(ApplyCall(command, forwarded=forwarded)))
