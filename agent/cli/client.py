@@ -14,6 +14,14 @@ _CONNECT_TIMEOUT_S = 5.0
 # A write may wait for an election (7 s at the server) and `join` for several unreachable addresses.
 _ANSWER_TIMEOUT_S = 60.0
 
+# What to do about an answer of the API whose text is Consul's, and so cannot say it itself.
+_HINTS = {
+    "No known Consul servers": ".\nThis client agent has found no server; `mesh members` shows whom it knows, "
+    "`mesh join ADDRESS` or -retry-join makes it find them.",
+    "No cluster leader": ".\nAn election is under way, or less than a majority of the servers runs; "
+    "`mesh members` shows them.",
+}
+
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 Params = Mapping[str, str | int | Sequence[str]]
 
@@ -68,6 +76,10 @@ class Api:
                 method, path, params=query, content=content, json=body if content is None else None
             )
         except httpx.ConnectError as error:
+            if isinstance(_cause(error), ssl.SSLError):
+                self.fail(
+                    f"no TLS with the agent at {self._shown}: {_reason(error)}. Is that its https port, and its CA?"
+                )
             self.fail(
                 f"cannot connect to the agent at {self._shown}: {_reason(error)}.\n"
                 "Is one running there? `mesh agent -dev` starts one; -http-addr or MESH_HTTP_ADDR name another."
@@ -80,7 +92,8 @@ class Api:
             self.fail(f"{method} {path} at {self._shown} failed: {_reason(error)}")
         if response.is_success or response.status_code in accept:
             return response
-        self.fail(f"the agent at {self._shown} answered {response.status_code}: {response.text.strip() or path}")
+        answer = response.text.strip() or path
+        self.fail(f"the agent at {self._shown} answered {response.status_code}: {answer}{_HINTS.get(answer, '')}")
 
     def fail(self, message: str) -> NoReturn:
         """Prints the message to stderr and ends the command."""
@@ -95,10 +108,15 @@ class Api:
         return answer
 
 
-def _reason(error: Exception) -> str:
+def _cause(error: Exception) -> BaseException:
     cause: BaseException = error
     while cause.__cause__ is not None or cause.__context__ is not None:
         cause = cause.__cause__ or cause.__context__ or cause
+    return cause
+
+
+def _reason(error: Exception) -> str:
+    cause = _cause(error)
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror.lower()
     return str(cause) or type(cause).__name__
@@ -118,7 +136,10 @@ def connect(*, failure_status: int = 1) -> Api:
         base_url = "http://localhost"
     elif "://" not in address:
         scheme = "https" if environment("CONSUL_HTTP_SSL", "").lower() in ("1", "true") else "http"
-        base_url = f"{scheme}://{address}"
+        host = "127.0.0.1" if address.startswith(":") else ""
+        base_url = f"{scheme}://{host}{address}"
+    elif not address.startswith(("http://", "https://")):
+        raise click.BadParameter(f"{address!r} is neither host:port, http(s):// nor unix://", param_hint="-http-addr")
     token = flags.get("token") or environment("CONSUL_HTTP_TOKEN")
     defaults: dict[str, str] = {}
     if flags.get("datacenter"):

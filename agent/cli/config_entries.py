@@ -41,7 +41,7 @@ def write(*, file: str, cas: bool, modify_index: int | None, **_: object) -> Non
     params: dict[str, str | int] = {}
     if cas:
         if modify_index is None:
-            api.fail("-cas needs -modify-index (0 to create the entry only if it is new)")
+            raise click.UsageError("-cas needs -modify-index (0 to create the entry only if it is new)")
         params["cas"] = modify_index
     if api.put("/v1/config", params, body=entry) is not True:
         api.fail(f"did not write the entry: its ModifyIndex is no longer {modify_index}")
@@ -52,8 +52,10 @@ def write(*, file: str, cas: bool, modify_index: int | None, **_: object) -> Non
 def _read_entry(api: Api, file: str) -> dict[str, Json]:
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        api.fail(f"cannot read {file}: {error}")
+    except OSError as error:
+        api.fail(f"cannot read {file}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        api.fail(f"{file} is not UTF-8: {error}")
     try:
         entry = json.loads(text)
     except ValueError as error:

@@ -10,9 +10,10 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from struct import Struct
 from subprocess import DEVNULL, STDOUT
 
 import click
@@ -35,6 +36,7 @@ _LOAD_AFTER_FAILOVER_S = 2.0
 # Ports come in blocks; each demo that runs holds a block of its own, so that several may run at the same time.
 _FIRST_PORT, _LAST_PORT, _BLOCK_PORTS = 18500, 19500, 100
 _SIDECAR_PORTS = 4
+_PEER_CREDENTIALS = Struct("3i")  # pid, uid, gid: unix(7)
 
 
 def _print(console: Console, markup: str) -> None:
@@ -381,8 +383,17 @@ class Demo:
                 for names in (_CLIENTS, _SERVERS):
                     processes = [self._agents[name].process for name in names]
                     await self._stop([process for process in processes if process is not None])
+                self._end_workers()
                 await self._http.aclose()
                 self._ports.close()
+
+    def _end_workers(self) -> None:
+        # An agent that leaves ends its worker; one that was killed or could not leave lets it serve on.
+        for path in sorted(self._folder.glob("*/workers/*.sock")):
+            with socket.socket(socket.AF_UNIX) as control, suppress(OSError):
+                control.connect(str(path))
+                credentials = control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+                os.kill(_PEER_CREDENTIALS.unpack(credentials)[0], signal.SIGKILL)
 
     async def _stop(self, processes: list[trio.Process]) -> None:
         async def stop(process: trio.Process) -> None:

@@ -67,7 +67,7 @@ def create(
     """Allows or denies SOURCE to call DESTINATION; `*` is any service."""
     api = connect()
     if allow and deny:
-        api.fail("-allow and -deny exclude each other")
+        raise click.UsageError("-allow and -deny exclude each other")
     if not replace and _exact(api, source, destination) is not None:
         api.fail(f"there is an intention for {source} => {destination}; -replace replaces it")
     body: dict[str, Json] = {"SourceType": "consul", "Action": "deny" if deny else "allow", "Description": description}
@@ -158,7 +158,7 @@ def match(*, name: str, by_source: bool, by_destination: bool, output_format: st
     """Lists the intentions that bear on the service NAME, in the order they are decided."""
     api = connect()
     if by_source and by_destination:
-        api.fail("-source and -destination exclude each other")
+        raise click.UsageError("-source and -destination exclude each other")
     params = {"by": "source" if by_source else "destination", "name": name}
     answer = api.get("/v1/connect/intentions/match", params)
     _print_rules(answer.get(name) or [] if isinstance(answer, dict) else [], output_format)

@@ -49,7 +49,7 @@ def get(
     """Prints the value of KEY, exactly as stored."""
     api = connect()
     if not key and not (recurse or keys):
-        api.fail("which key? (-recurse or -keys without one mean the whole store)")
+        raise click.UsageError("which key? (-recurse or -keys without one mean the whole store)")
     if keys:
         names = api.get_or_none(_path(key), {"keys": "", "separator": separator})
         _print_keys(names, output_format)
@@ -121,7 +121,7 @@ def put(
     params: dict[str, str | int] = {"flags": flags} if flags else {}
     if cas:
         if modify_index is None:
-            api.fail("-cas needs -modify-index (0 to create the key only if it is new)")
+            raise click.UsageError("-cas needs -modify-index (0 to create the key only if it is new)")
         params["cas"] = modify_index
     if api.put(_path(key), params, body=value) is not True:
         api.fail(f"did not write to {key}: its ModifyIndex is no longer {modify_index}")
@@ -153,7 +153,7 @@ def delete(*, key: str, recurse: bool, cas: bool, modify_index: int | None, **_:
     params: dict[str, str | int] = {"recurse": ""} if recurse else {}
     if cas:
         if modify_index is None or recurse:
-            api.fail("-cas needs -modify-index and one key: not with -recurse")
+            raise click.UsageError("-cas needs -modify-index and one key: not with -recurse")
         params["cas"] = modify_index
     if api.delete(_path(key), params) is not True:
         api.fail(f"did not delete {key}: its ModifyIndex is no longer {modify_index}")

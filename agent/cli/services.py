@@ -59,7 +59,7 @@ def register(
     """Registers the services in each FILE (JSON; `-` is standard input), or the one the flags describe."""
     api = connect()
     if bool(files) == bool(name):
-        api.fail("name either files with service definitions, or a service with -name")
+        raise click.UsageError("name either files with service definitions, or a service with -name")
     definitions = [definition for file in files for definition in _definitions(api, file)]
     if name:
         definitions.append(
@@ -89,7 +89,7 @@ def deregister(*, files: tuple[str, ...], service_id: str | None, **_: object) -
     """Deregisters the services in each FILE, or the one with -id."""
     api = connect()
     if bool(files) == bool(service_id):
-        api.fail("name either files with service definitions, or a service with -id")
+        raise click.UsageError("name either files with service definitions, or a service with -id")
     ids = [_field(one, "id") or _field(one, "name") for file in files for one in _definitions(api, file)]
     for each in [*ids, *([service_id] if service_id else [])]:
         api.put(f"/v1/agent/service/deregister/{segment(each)}")

@@ -40,6 +40,23 @@ def test_an_address_that_is_none_is_wrong_usage() -> None:
     assert "is no address" in result.output
 
 
+@pytest.mark.parametrize("address", ["ftp://127.0.0.1:8500", "mesh://a"])
+def test_an_address_of_another_protocol_is_wrong_usage(address: str) -> None:
+    result = CliRunner().invoke(cli, ["members", f"-http-addr={address}"])
+    assert result.exit_code == 2
+    assert f"'{address}' is neither" in result.output
+
+
+def test_a_port_alone_means_this_host() -> None:
+    result = CliRunner().invoke(cli, ["members", "-http-addr=:1"])
+    assert "cannot connect to the agent at :1: connection refused" in result.output
+
+
+def test_a_config_file_that_is_missing_is_named_without_python_words() -> None:
+    result = CliRunner().invoke(cli, ["config", "write", "nowhere.json"])
+    assert "Error: cannot read nowhere.json: No such file or directory\n" in result.output
+
+
 def test_a_table_in_a_pipe_is_plain_columns(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(["Node", "DC"], [["a", "dc1"], ["longer", "dc2"]])
     assert capsys.readouterr().out == "Node    DC\na       dc1\nlonger  dc2\n"
