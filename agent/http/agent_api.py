@@ -213,7 +213,7 @@ class AgentApi:
         if request.params.get("segment") not in ("", "_all"):
             raise InvalidRequest("Network segments are not supported; there is only the default one")
         rows = [member_shape(member) for member in self._gossip.members()]
-        return json_response(filtered(request, rows, "node"))
+        return json_response(filtered(request, rows, "member"))
 
     async def _join(self, request: ApiRequest) -> ApiResponse:
         _refuse_wan(request)

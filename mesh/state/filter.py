@@ -15,9 +15,9 @@ any element. Parsing is linear in the expression; matching is linear in the valu
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from mesh.errors import InvalidRequest
 from mesh.state.pattern import Pattern
@@ -51,10 +51,14 @@ class _Token:
     at: int
 
 
+# The fields of an object by name, each with the fields inside of it, or None where it has none or may have any.
+FieldTree: TypeAlias = Mapping[str, "FieldTree | None"]
+
+
 class Filter:
     """A parsed expression."""
 
-    def __init__(self, expression: str, *, fields: Collection[str] | None = None) -> None:
+    def __init__(self, expression: str, *, fields: FieldTree | None = None) -> None:
         """`fields` are all the fields that the values can have; a selector of any other is then an error.
 
         Raises InvalidRequest, with the text the API answers, when the expression is not valid.
@@ -69,10 +73,6 @@ class Filter:
         Raises InvalidRequest when a field has not the type that the expression needs.
         """
         return self._matches(value)
-
-    def select(self, values: Sequence[object]) -> list[object]:
-        """The values that are selected, in order."""
-        return [value for value in values if self._matches(value)]
 
 
 Predicate = Callable[[object], bool]
@@ -129,7 +129,7 @@ def _path(text: str) -> tuple[str, ...]:
 class _Parser:
     """Recursive descent, one token ahead."""
 
-    def __init__(self, tokens: list[_Token], fields: Collection[str] | None) -> None:
+    def __init__(self, tokens: list[_Token], fields: FieldTree | None) -> None:
         self._tokens = tokens
         self._fields = fields
         self._position = 0
@@ -230,8 +230,13 @@ class _Parser:
 
     def _field_path(self, token: _Token) -> tuple[str, ...]:
         path = _path(token.text)
-        if self._fields is not None and path[0] not in self._fields:
-            raise _invalid(f'Selector "{".".join(path)}" is not valid')
+        known = self._fields
+        for name in path:
+            if known is None:
+                break
+            if name not in known:
+                raise _invalid(f'Selector "{".".join(path)}" is not valid')
+            known = known[name]
         return path
 
     @staticmethod

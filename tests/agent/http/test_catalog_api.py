@@ -178,9 +178,26 @@ async def test_tags_node_meta_and_filter_narrow_the_answer(api):
     rows = await api.get("/v1/health/service/web", filter='Service.Kind == "" and "v1" in Service.Tags')
     assert len(rows.json()) == 1
     assert (await api.get("/v1/catalog/node/n1", filter='Service == "db"')).json()["Services"] == {}
-    bad = await api.get(service, filter="ServicePort ==")
-    assert bad.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "expression", "text"),
+    [
+        ("/v1/catalog/service/web", "ServicePort ==", "no match found"),
+        ("/v1/catalog/service/web", "ServicePort == many", 'value "many" cannot be compared'),
+        ("/v1/catalog/service/web", "ServicePrt == 80", 'Selector "ServicePrt" is not valid'),
+        ("/v1/catalog/service/nobody", "ServicePrt == 80", 'Selector "ServicePrt" is not valid'),
+        ("/v1/health/service/web", "Service.Prot == 80", 'Selector "Service.Prot" is not valid'),
+        ("/v1/health/service/web", 'Checks.Status == "passing" and Check.Name == "x"', 'Selector "Check.Name" is not'),
+        ("/v1/catalog/nodes", "ModifyIndex == 1", 'Selector "ModifyIndex" is not valid'),
+    ],
+)
+async def test_a_bad_filter_is_answered_as_by_consul_whatever_the_rows(api, path, expression, text):
+    await api.put("/v1/catalog/register", WEB)
+    bad = await api.get(path, filter=expression)
+    assert bad.status_code == 500
     assert bad.text.startswith("Failed to create boolean expression evaluator: ")
+    assert text in bad.text
 
 
 async def test_sidecars_show_their_proxy_and_answer_for_connect(api):
