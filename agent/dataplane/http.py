@@ -230,6 +230,10 @@ class HttpAccepted(Connection):
             exchange.caller_gone("" if self._relay is not None else "DC")
         self.service.accepted_gone(self)
 
+    def released(self) -> None:
+        """Connection callback."""
+        self._relay = None
+
 
 def _fold(events: Sequence[RequestEvent], position: int) -> tuple[int, bytes, bool]:
     """What followed a head in the same read: the next position, its body bytes, whether it is complete."""

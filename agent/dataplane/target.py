@@ -234,6 +234,10 @@ class HttpDialed(Dialed):
         """Connection callback."""
         self.endpoint.channel_closed(self)
 
+    def released(self) -> None:
+        """Connection callback."""
+        self._relay = self.exchange = None
+
 
 class Endpoint:
     """One address of a target, its connections, and how busy it is."""

@@ -129,6 +129,10 @@ class TcpAccepted(Connection):
             self._far.abort()
         self.service.accepted_gone(self)
 
+    def released(self) -> None:
+        """Connection callback."""
+        self._far = self._relay = None
+
 
 class TcpDialed(Dialed):
     """The side that we opened."""
@@ -174,3 +178,7 @@ class TcpDialed(Dialed):
         """Connection callback."""
         self.endpoint.active -= 1
         self.endpoint.target.metrics.connections_active -= 1
+
+    def released(self) -> None:
+        """Connection callback."""
+        self.relay = None

@@ -1,5 +1,6 @@
 """Everything that may wait has a deadline: the reactor in this process, on Trio's mock clock, with real sockets."""
 
+import gc
 import random
 import socket
 
@@ -7,7 +8,7 @@ import pytest
 import trio
 from sidecars import Authority, loopback_address
 
-from agent.dataplane.connection import HANDSHAKE_TIMEOUT_S, LINGER_TIMEOUT_S
+from agent.dataplane.connection import HANDSHAKE_TIMEOUT_S, LINGER_TIMEOUT_S, Connection
 from agent.dataplane.http import HEAD_TIMEOUT_S, KEEP_ALIVE_TIMEOUT_S
 from agent.dataplane.reactor import READABLE, Reactor
 from agent.dataplane.tables import Tables
@@ -194,6 +195,33 @@ async def test_a_silent_tcp_relay_ends_in_the_end_and_a_busy_one_does_not(autoju
     began = trio.current_time()
     _, ended = await until_end(app)
     assert TCP_IDLE_TIMEOUT_S <= ended - began <= TCP_IDLE_TIMEOUT_S + SLACK_S
+
+
+def living_tls_connections():
+    return sum(isinstance(thing, Connection) and thing.tls is not None for thing in gc.get_objects())
+
+
+async def test_a_closed_tcp_relay_leaves_nothing_for_the_collector(autojump_clock, world_of):
+    world = world_of(protocol="tcp")
+    gc.collect()
+    gc.disable()  # its next full run may be thousands of connections away
+    try:
+        before = living_tls_connections()
+        for ends_first in ("client", "app"):
+            client = await world.connect()
+            await client.send_all(b"x")
+            app = await world.app()
+            assert await app.receive_some() == b"x"
+            assert living_tls_connections() > before
+            first, second = (client, app) if ends_first == "client" else (app, client)
+            await first.send_eof()
+            await until_end(second)
+            await second.aclose()
+            await until_end(first)
+            await trio.sleep(0.01)
+        assert living_tls_connections() == before
+    finally:
+        gc.enable()
 
 
 async def test_timers_run_in_order_and_a_failing_one_stops_nothing(autojump_clock, nursery):
