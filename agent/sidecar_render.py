@@ -1,5 +1,6 @@
 """From what is known about one sidecar to its `SidecarConfig`: no waiting, no I/O, the same facts, the same value."""
 
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -99,10 +100,15 @@ def _inbound(facts: SidecarFacts, proxy: Proxy, warnings: list[str]) -> InboundL
     protocol = (
         _text(proxy.config, "protocol") or _protocol(facts.service_defaults) or _default_protocol(facts.proxy_defaults)
     )
+    bind_address = _ip_address(_text(proxy.config, "bind_address") or facts.bind_address)
+    local_address = _ip_address(proxy.local_service_address or LOOPBACK)
+    if bind_address is None or local_address is None:
+        warnings.append("bind_address and local_service_address must be IP addresses, so nothing is accepted")
+        return None
     return InboundListener(
-        bind_address=_text(proxy.config, "bind_address") or facts.bind_address,
+        bind_address=bind_address,
         bind_port=port,
-        local_address=proxy.local_service_address or LOOPBACK,
+        local_address=local_address,
         local_port=application_port,
         protocol=_supported(protocol, proxy.destination_service_name, warnings),
         intentions=tuple(_rule(rule) for rule in sorted(facts.intentions, key=lambda rule: -rule.precedence)),
@@ -133,6 +139,10 @@ def _outbound(facts: SidecarFacts, upstream: Upstream, warnings: list[str]) -> O
     if not upstream.local_bind_port:
         warnings.append(f"upstream {name}: only local_bind_port is supported, not a socket path")
         return None
+    bind_address = _ip_address(upstream.local_bind_address or LOOPBACK)
+    if bind_address is None:
+        warnings.append(f"upstream {name}: local_bind_address must be an IP address")
+        return None
     known = facts.upstreams.get(name, UpstreamFacts())
     declared = _upstream_settings(facts.service_defaults, name)
     protocol = (
@@ -147,31 +157,52 @@ def _outbound(facts: SidecarFacts, upstream: Upstream, warnings: list[str]) -> O
     target = TargetConfig(
         name=name,
         expected_spiffe_ids=(str(service_spiffe_id(facts.roots.trust_domain, facts.datacenter, name)),),
-        endpoints=_endpoints(known.instances),
+        endpoints=_endpoints(name, known.instances, warnings),
         datacenter=facts.datacenter,
         sni=f"{name}.default.{facts.datacenter}.internal.{facts.roots.trust_domain}",
         connect_timeout_s=connect_timeout_s or CONNECT_TIMEOUT_S,
         limits=_limits(_table(upstream.config, "limits"), _table(declared, "Limits")),
     )
     return OutboundListener(
-        bind_address=upstream.local_bind_address or LOOPBACK,
+        bind_address=bind_address,
         bind_port=upstream.local_bind_port,
         target=target,
         protocol=_supported(protocol, name, warnings),
     )
 
 
-def _endpoints(instances: tuple[ServiceHealth, ...]) -> tuple[EndpointConfig, ...]:
-    return tuple(
-        EndpointConfig(
-            id=f"{row.node.node}/{row.service.service_id}",
-            address=row.service.address or row.node.address,
-            port=row.service.port,
-            weight=max(1, row.service.weights.passing),
-        )
-        for row in instances
-        if row.service.port and (row.service.address or row.node.address)
-    )
+def _endpoints(name: str, instances: tuple[ServiceHealth, ...], warnings: list[str]) -> tuple[EndpointConfig, ...]:
+    """Where the catalog's rows can be reached. Anyone may write a row; one that makes no sense costs only itself."""
+    found: dict[str, EndpointConfig] = {}
+    strange = 0
+    for row in instances:
+        given = row.service.address or row.node.address
+        if not row.service.port or not given:
+            continue
+        address = _ip_address(given)
+        if address is None or not 1 <= row.service.port <= 65535:
+            strange += 1  # resolving a name would make all other traffic wait
+            continue
+        endpoint_id = f"{row.node.node}/{row.service.service_id}"
+        found.setdefault(endpoint_id, EndpointConfig(endpoint_id, address, row.service.port, _weight(row.service)))
+    if strange:
+        warnings.append(f"upstream {name}: {strange} instances have no IP address or no valid port, and are left out")
+    return tuple(found.values())
+
+
+def _weight(service: Service) -> int:
+    return max(1, service.weights.passing)
+
+
+def _ip_address(text: str) -> str | None:
+    """The address as it is, `localhost` as what it means; None for other names, which no part of ours resolves."""
+    if text == "localhost":
+        return LOOPBACK
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    return text
 
 
 def _limits(given: Mapping[str, object], declared: Mapping[str, object]) -> LimitsConfig:

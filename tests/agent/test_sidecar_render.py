@@ -91,6 +91,39 @@ def test_endpoints_take_the_services_address_before_the_nodes_and_skip_what_has_
     check(WorkerConfig(0, (config,)))
 
 
+def test_a_strange_row_in_the_catalog_costs_only_itself():
+    rows = tuple(
+        ServiceHealth(Node(node, "10.0.0.1"), Service("p", service_id, address=address, port=port), ())
+        for node, service_id, address, port in (
+            ("n", "name", "api.example.com", 1),
+            ("n", "space", "10.0.0.1 x", 1),
+            ("n", "line", "10.0.0.1\n", 1),
+            ("n", "port", "10.0.0.1", 99999),
+            ("a/b", "c", "10.0.0.2", 1),
+            ("a", "b/c", "10.0.0.3", 1),
+            ("n", "good", "localhost", 2),
+        )
+    )
+    rendered = render(facts(upstreams={"api": UpstreamFacts(rows)}))
+    endpoints = rendered.config.outbound[0].target.endpoints
+    assert [(one.id, one.address) for one in endpoints] == [("a/b/c", "10.0.0.2"), ("n/good", "127.0.0.1")]
+    assert rendered.warnings == ("upstream api: 4 instances have no IP address or no valid port, and are left out",)
+    check(WorkerConfig(0, (rendered.config,)))
+
+
+def test_names_are_no_addresses_to_listen_on_or_to_find_the_application_at():
+    named = replace(PROXY.proxy, local_service_address="app.example.com")
+    assert render(facts(service=replace(PROXY, proxy=named))).config.inbound is None
+    bound = replace(
+        PROXY.proxy,
+        config={"bind_address": "a b"},
+        upstreams=(Upstream("api", local_bind_port=1, local_bind_address="x"),),
+    )
+    config = render(facts(service=replace(PROXY, proxy=bound))).config
+    assert config.inbound is None
+    assert config.outbound == ()
+
+
 def test_proxy_without_an_application_or_port_serves_outgoing_connections_only():
     assert render(facts(application_port=0)).config.inbound is None
     assert render(facts(service=replace(PROXY, port=0))).config.inbound is None
