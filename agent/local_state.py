@@ -5,20 +5,19 @@ restart; what configuration files define is not kept, as it comes back by itself
 wait. IDs are folded as in the catalog: `Web` and `web` are one service.
 """
 
-import hashlib
 import logging
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import msgspec
 import trio
 from msgspec.structs import replace
 
 from agent.definitions import SIDECAR_SUFFIX, ServiceDefinition, check_row, with_sidecar_port
+from agent.local_files import FileChange, LocalFiles, StoredCheck, StoredResult, StoredService
 from agent.runtime import Runtime
-from mesh.errors import InvalidRequest, LimitExceeded, NotFound, StorageFailed
+from mesh.errors import InvalidRequest, LimitExceeded, NotFound
 from mesh.model.catalog import Service
 from mesh.model.check import Check, CheckDefinition, CheckStatus
 from mesh.names import fold
@@ -27,38 +26,13 @@ Source = Literal["api", "config"]
 
 SERVICES_MAX = 16384  # of one host; each costs memory on every server
 CHECKS_MAX = 4 * SERVICES_MAX
-FILE_BYTES_MAX = 16 * 1024 * 1024
 
-StoredT = TypeVar("StoredT")
 
 _log = logging.getLogger("mesh.local_state")
 
 
-class _StoredService(msgspec.Struct, frozen=True):
-    """A file of `services/`: a service and the checks that came with it."""
-
-    service: Service
-    checks: tuple[CheckDefinition, ...] = ()
-    sidecar_of: str = ""  # ID of the service whose registration made this one
-
-
-class _StoredCheck(msgspec.Struct, frozen=True):
-    """A file of `checks/`: a check registered by itself."""
-
-    definition: CheckDefinition
-
-
-class _StoredResult(msgspec.Struct, frozen=True):
-    """A file of `checks/state/`: what a TTL check was last told, good until `expires_at_s` (Unix seconds)."""
-
-    check_id: str
-    status: CheckStatus
-    output: str
-    expires_at_s: float
-
-
 class _ServiceEntry(msgspec.Struct, frozen=True):
-    stored: _StoredService
+    stored: StoredService
     source: Source
 
 
@@ -67,13 +41,6 @@ class _CheckEntry(msgspec.Struct, frozen=True):
     row: Check
     source: Source
     with_service: bool  # its definition is kept in its service's file
-
-
-class _Write(msgspec.Struct, frozen=True):
-    """A file to replace, or with None to remove."""
-
-    path: Path
-    data: bytes | None
 
 
 class LocalState:
@@ -91,7 +58,7 @@ class LocalState:
         """`data_dir` None keeps nothing. `sidecar_ports`: lowest and highest given to sidecars that name none."""
         self._node_name = node_name
         self._runtime = runtime
-        self._data_dir = data_dir
+        self._files = LocalFiles(data_dir)
         self._sidecar_ports = sidecar_ports
         self._check_output_bytes_max = check_output_bytes_max
         self._services: dict[str, _ServiceEntry] = {}
@@ -176,11 +143,11 @@ class LocalState:
         """
         async with self._lock:
             services, checks, gone = self._merged(definition, source, replace_checks=replace_checks)
-            writes = [self._service_write(entry) for entry in services.values()]
+            changes = [self._service_change(entry) for entry in services.values()]
             moved = [key for key, entry in checks.items() if entry.with_service and self._has_own_file(key)]
-            writes += [self._check_write(key, None) for key in (*sorted(gone), *moved)]
-            writes += self._result_removals(sorted(gone))
-            await self._persist(writes)
+            changes += [self._files.check(key, None) for key in moved]
+            changes += self._check_removals(sorted(gone))
+            await self._files.apply(changes)
             self._services |= services
             for key in gone:
                 self._drop_check(key)
@@ -215,7 +182,7 @@ class LocalState:
             for check_key, check in rows.items():
                 self._refuse_foreign(check_key, part.service)
                 checks[check_key] = self._check_entry(check, part.service, source, with_service=True)
-            stored = _StoredService(part.service, (*kept, *part.checks), sidecar_of)
+            stored = StoredService(part.service, (*kept, *part.checks), sidecar_of)
             services[key] = _ServiceEntry(stored, source)
         if len(self._services.keys() | services.keys()) > SERVICES_MAX:
             raise LimitExceeded(f"this agent has {SERVICES_MAX} services, the most it takes; deregister some first")
@@ -262,9 +229,8 @@ class LocalState:
             if sidecar is not None and fold(sidecar.stored.sidecar_of) == key:
                 keys.append(fold(sidecar.stored.service.service_id))
             checks = [check_key for each in keys for check_key in self._checks_with(each)]
-            writes = [_Write(self._path("services", each), None) for each in keys]
-            writes += [self._check_write(check_key, None) for check_key in checks if self._has_own_file(check_key)]
-            await self._persist([*writes, *self._result_removals(checks)])
+            changes = [self._files.service(each, None) for each in keys]
+            await self._files.apply([*changes, *self._check_removals(checks)])
             for each in keys:
                 del self._services[each]
             for check_key in checks:
@@ -289,11 +255,11 @@ class LocalState:
                 raise LimitExceeded(f"this agent has {CHECKS_MAX} checks, the most it takes; deregister some first")
             earlier = self._checks.get(key)
             entry = self._check_entry(definition, service, source, with_service=False)
-            writes = [self._check_write(key, entry)]
+            changes = [self._check_change(key, entry)]
             owner = self._without_check(earlier) if earlier else None
             if owner is not None:
-                writes.append(self._service_write(owner))
-            await self._persist(writes)
+                changes.append(self._service_change(owner))
+            await self._files.apply(changes)
             if owner is not None:
                 self._services[fold(owner.stored.service.service_id)] = owner
             is_new = key not in self._checks
@@ -312,10 +278,10 @@ class LocalState:
                     f'Unknown check ID "{check_id}". Ensure that the check ID is passed, not the check name.'
                 )
             owner = self._without_check(entry)
-            writes = [self._check_write(key, None), *self._result_removals([key])]
+            changes = self._check_removals([key])
             if owner is not None:
-                writes.append(self._service_write(owner))
-            await self._persist(writes)
+                changes.append(self._service_change(owner))
+            await self._files.apply(changes)
             if owner is not None:
                 self._services[fold(owner.stored.service.service_id)] = owner
             self._drop_check(key)
@@ -357,11 +323,10 @@ class LocalState:
         Not fsynced: losing it in a crash costs one round of the application's heartbeat. Raises StorageFailed.
         """
         entry = self._checks.get(fold(check_id))
-        if entry is None or self._data_dir is None:
+        if entry is None:
             return
-        result = _StoredResult(entry.row.check_id, entry.row.status, entry.row.output, expires_at_s)
-        write = _Write(self._path("checks/state", fold(check_id)), msgspec.json.encode(result))
-        await self._persist([write], durable=False)
+        result = StoredResult(entry.row.check_id, entry.row.status, entry.row.output, expires_at_s)
+        await self._files.apply([self._files.result(fold(check_id), result)], durable=False)
 
     def _check_entry(
         self, definition: CheckDefinition, service: Service | None, source: Source, *, with_service: bool
@@ -395,38 +360,24 @@ class LocalState:
 
     # -- disk
 
-    def _path(self, folder: str, key: str) -> Path:
-        # IDs hold any characters, slashes too; a hash makes a file name of each.
-        name = hashlib.sha256(key.encode()).hexdigest()
-        return (self._data_dir or Path()) / folder / f"{name}.json"
+    def _service_change(self, entry: _ServiceEntry) -> FileChange:
+        key = fold(entry.stored.service.service_id)
+        return self._files.service(key, entry.stored if entry.source == "api" else None)
 
-    def _service_write(self, entry: _ServiceEntry) -> _Write:
-        path = self._path("services", fold(entry.stored.service.service_id))
-        return _Write(path, msgspec.json.encode(entry.stored) if entry.source == "api" else None)
+    def _check_change(self, key: str, entry: _CheckEntry) -> FileChange:
+        return self._files.check(key, StoredCheck(entry.definition) if entry.source == "api" else None)
 
-    def _check_write(self, key: str, entry: _CheckEntry | None) -> _Write:
-        kept = entry is not None and entry.source == "api"
-        data = msgspec.json.encode(_StoredCheck(entry.definition)) if kept and entry is not None else None
-        return _Write(self._path("checks", key), data)
+    def _check_removals(self, keys: Iterable[str]) -> list[FileChange]:
+        """Of a check and its result, whichever has a file."""
+        return [change for key in keys for change in (self._files.check(key, None), self._files.result(key, None))]
 
     def _has_own_file(self, check_key: str) -> bool:
         entry = self._checks.get(check_key)
         return entry is not None and not entry.with_service and entry.source == "api"
 
-    def _result_removals(self, check_keys: Iterable[str]) -> list[_Write]:
-        return [_Write(self._path("checks/state", key), None) for key in check_keys]
-
-    async def _persist(self, writes: Sequence[_Write], *, durable: bool = True) -> None:
-        if self._data_dir is None or not writes:
-            return
-        # Not abandoned when the caller is cancelled: disk and memory change together.
-        await trio.to_thread.run_sync(_write_all, writes, durable)
-
     async def restore(self) -> None:
         """Loads what was kept. A file that cannot be understood is logged and left alone. Raises StorageFailed."""
-        if self._data_dir is None:
-            return
-        services, checks, results = await trio.to_thread.run_sync(_read_all, self._data_dir)
+        services, checks, results = await self._files.read()
         for stored in services:
             service_id = stored.service.service_id
             stored = replace(stored, checks=tuple(replace(check, service_id=service_id) for check in stored.checks))
@@ -446,7 +397,7 @@ class LocalState:
         self._note_unproven(self._checks)
         self._notify(redefined=True)
 
-    def _restore_results(self, results: Iterable[_StoredResult]) -> None:
+    def _restore_results(self, results: Iterable[StoredResult]) -> None:
         now_s = self._runtime.unix_time_s()
         for result in results:
             key = fold(result.check_id)
@@ -469,61 +420,3 @@ def cut_output(output: str, bytes_max: int) -> str:
     if len(data) <= bytes_max:
         return output
     return f"{data[:bytes_max].decode('utf-8', 'ignore')} ... (captured {bytes_max} of {len(data)} bytes)"
-
-
-def _write_all(writes: Sequence[_Write], durable: bool) -> None:  # noqa: FBT001  (to_thread passes positionally)
-    """Each file is replaced in one step: a crash leaves the old or the new one. Raises StorageFailed."""
-    folders: set[Path] = set()
-    for write in writes:
-        try:
-            if write.data is None:
-                if not write.path.exists():
-                    continue
-                write.path.unlink()
-            else:
-                write.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                temporary = write.path.with_suffix(".tmp")
-                descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-                with open(descriptor, "wb") as file:
-                    file.write(write.data)
-                    file.flush()
-                    if durable:
-                        os.fsync(file.fileno())
-                temporary.replace(write.path)
-        except OSError as error:
-            raise StorageFailed(f"{write.path}: cannot keep the registration: {error.strerror}") from error
-        folders.add(write.path.parent)
-    if durable:
-        for folder in sorted(folders):
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def _read_all(
-    data_dir: Path,
-) -> tuple[list[_StoredService], list[_StoredCheck], list[_StoredResult]]:
-    return (
-        _read_folder(data_dir / "services", msgspec.json.Decoder(_StoredService)),
-        _read_folder(data_dir / "checks", msgspec.json.Decoder(_StoredCheck)),
-        _read_folder(data_dir / "checks" / "state", msgspec.json.Decoder(_StoredResult)),
-    )
-
-
-def _read_folder(folder: Path, decoder: "msgspec.json.Decoder[StoredT]") -> list[StoredT]:
-    """What the folder's files hold, by file name. Raises StorageFailed when one cannot be read."""
-    values: list[StoredT] = []
-    try:
-        paths = sorted(folder.glob("*.json")) if folder.exists() else []
-        for path in paths:
-            with path.open("rb") as file:
-                data = file.read(FILE_BYTES_MAX)
-            try:
-                values.append(decoder.decode(data))
-            except (msgspec.DecodeError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
-                _log.error("%s: cannot be understood and was not restored: %s", path, error)
-    except OSError as error:
-        raise StorageFailed(f"{folder}: cannot read what was registered before: {error.strerror}") from error
-    return values

@@ -95,7 +95,7 @@ async def test_a_restarting_agent_does_not_take_its_healthy_services_out(tmp_pat
     body = {"Name": "web", "Port": 80, "Checks": [tcp, {"TTL": "60s", "CheckID": "ttl"}], **SIDECAR}
 
     async def run_once(*, checks_run: bool, passing: bool) -> list[Check]:
-        state = LocalState("node-1", runtime, data_dir=tmp_path)
+        state = LocalState("node-1", runtime, data_dir=tmp_path, sidecar_ports=(1, 1))  # nobody listens there either
         await state.restore()
         await state.add_service(
             service_definition({"Name": "filed", "Check": {**tcp, "CheckID": "f"}}), source="config"
