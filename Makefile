@@ -11,12 +11,13 @@ help:            ## Show the targets
 	@grep -hE '^[a-z]+: .*## |^[a-z]+:  *## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(VENV)/.ready: pyproject.toml
+	@echo "Setting up $(VENV) (once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
 	@touch $@
 
-demo: $(VENV)/.ready  ## Run five agents and two services here (ARGS=--once to stop at the end)
+demo: $(VENV)/.ready  ## Run five agents and two services here (ARGS=-once: and stop)
 	@$(BIN)/mesh demo $(ARGS)
 
 test: lint types contracts unit  ## Lint, types, import contracts and all tests

@@ -55,7 +55,7 @@ def members(*, detailed: bool, status_pattern: str, wan: bool, output_format: st
             datacenter = tags.get("dc", "")
             rows.append([*first, _type(tags), build, tags.get("vsn", ""), datacenter, "default", "<default>"])
     plain = ["Type", "Build", "Protocol", "DC", "Partition", "Segment"]
-    print_table(["Node", "Address", "Status", *(["Tags"] if detailed else plain)], rows)
+    print_table(["Node", "Address", "Status", *(["Tags"] if detailed else plain)], rows, dispensable=plain[-2:])
 
 
 def _tags(member: dict[str, Json]) -> dict[str, str]:

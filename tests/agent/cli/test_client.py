@@ -1,3 +1,4 @@
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -65,3 +66,26 @@ def test_a_table_in_a_pipe_is_plain_columns(capsys: pytest.CaptureFixture[str]) 
 def test_control_characters_of_other_hosts_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(["Node"], [["a\x1b[2J\nb"]])
     assert capsys.readouterr().out == "Node\na\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}b\n"
+
+
+def _on_a_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def test_a_narrow_terminal_gets_no_column_it_can_do_without(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _on_a_terminal(monkeypatch, 14)
+    print_table(["Node", "Address", "Segment"], [["a", "10.0.0.1", "-"]], dispensable=["Segment"])
+    lines = click.unstyle(capsys.readouterr().out).splitlines()
+    assert [line.rstrip() for line in lines] == ["Node  Address", "a     10.0.0.1"]
+
+
+def test_what_does_not_fit_on_a_terminal_is_never_broken_in_two(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _on_a_terminal(monkeypatch, 12)
+    print_table(["Node", "Address"], [["a", "10.0.0.1:8301"]])
+    assert capsys.readouterr().out == "Node  Address\na     10.0.0.1:8301\n"
