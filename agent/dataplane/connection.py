@@ -479,8 +479,8 @@ class Connection:
         """The TLS handshake has succeeded; nothing the peer sent has been used yet."""
 
     def released(self) -> None:
-        """The last call, when all is over: lets go of whatever refers back. A cycle would keep the TLS state,
-        some 50 KiB out of the collector's sight, until its next full run.
+        """The last call, when all is over: let go of whatever refers back. A cycle would keep the TLS state, some
+        50 KiB, out of sight of the collector until its next full run.
         """
 
     def data_received(self, data: bytes) -> None:
