@@ -15,7 +15,7 @@ from mesh.model.check import SERF_HEALTH_ID, Check, ServiceHealth
 from mesh.model.command import Deregister, Register
 from mesh.model.equality import same
 from mesh.names import fold
-from mesh.state.validation import require_service
+from mesh.state.validation import require_printable, require_service
 from mesh.state.watch import CHECKS, NODES, SERVICES, WatchKey, connect_key, node_checks_key, node_key, service_key
 
 RowKey = tuple[str, str]  # folded node name, folded service or check ID
@@ -201,6 +201,9 @@ class Catalog:
         node, service = command.node, command.service
         if not node.node:
             raise Refused("Must provide node")
+        require_printable("node name", node.node)
+        require_printable("node ID", node.node_id)
+        require_printable("node address", node.address)
         if node_changes:
             if not node.address and not command.skip_node_update:
                 raise Refused("Must provide address if SkipNodeUpdate is not set")
@@ -210,6 +213,7 @@ class Catalog:
         for check in command.checks:
             if not check.check_id:
                 raise Refused(f"check {check.name!r} on node {node.node!r} has no ID")
+            require_printable("check ID", check.check_id)
             if fold(check.node) != key:
                 raise Refused(f'check node "{check.node}" does not match node "{node.node}"')
             service_id = fold(check.service_id)

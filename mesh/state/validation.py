@@ -5,6 +5,7 @@ by msgpack can hold more than JSON can (byte strings, integer keys, NaN, thousan
 would break readers later, so it is refused here.
 """
 
+import re
 from math import isfinite
 from typing import cast
 
@@ -17,6 +18,8 @@ from mesh.model.intention import WILDCARD, Intention, IntentionAction
 # the depth of the caller's stack and so could differ between servers.
 JSON_DEPTH_MAX = 64
 _INTEGER_MIN, _INTEGER_MAX = -(2**63), 2**64 - 1
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 SINGLETON_NAMES = {"proxy-defaults": "global", "mesh": "mesh", "exported-services": "default", "rate-limit": "global"}
 CONFIG_KINDS = frozenset(
@@ -85,8 +88,17 @@ def require_json(value: object, what: str) -> None:
     raise Refused(f"{what} is nested deeper than {JSON_DEPTH_MAX} levels")
 
 
+def require_printable(what: str, text: str) -> None:
+    """Raises Refused for control characters: names and addresses end up in terminals, log lines and file names."""
+    if not text.isprintable() and _CONTROL.search(text) is not None:
+        raise Refused(f"{what} {text[:64]!r} holds control characters")
+
+
 def require_service(service: Service) -> None:
     """Raises Refused unless the service may be registered."""
+    require_printable("service name", service.service)
+    require_printable("service ID", service.service_id)
+    require_printable("service address", service.address)
     if not service.service:
         raise Refused("Must provide service name")
     if not service.service_id:

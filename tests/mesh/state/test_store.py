@@ -175,6 +175,20 @@ def test_registration_that_is_not_valid_changes_nothing(log):
     assert "wildcard" in log.rejection(Register(NODE, wild))
 
 
+@pytest.mark.parametrize("strange", ["a\x1b[2J", "a\nb", "a\x00", "\x9b2J", "\x7f"])
+def test_control_characters_in_names_and_addresses_are_refused(log, strange):
+    for command in (
+        Register(Node(strange, "10.0.0.1")),
+        Register(Node("n1", strange)),
+        Register(Node("n1", "10.0.0.1", node_id=strange)),
+        Register(NODE, Service(strange, "x")),
+        Register(NODE, Service("x", strange)),
+        Register(NODE, Service("x", "x", address=strange)),
+        Register(NODE, None, (Check("n1", strange, "c"),)),
+    ):
+        assert "holds control characters" in log.rejection(command)
+
+
 def test_live_node_keeps_its_name_against_another_node_id(log):
     log.apply(Register(NODE, None, (Check("n1", "serfHealth", "s", status="passing"),)))
     usurper = Node("N1", "10.0.0.9", node_id="22222222-0000-0000-0000-000000000000")
