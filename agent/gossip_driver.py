@@ -1,6 +1,5 @@
 """Runs a gossip node on real sockets: UDP for probes and rumours, TCP for push-pulls, both on one port."""
 
-import errno
 import ipaddress
 import logging
 import os
@@ -12,7 +11,9 @@ from functools import partial
 
 import trio
 
-from agent.addresses import join_address, split_address
+from agent.addresses import join_address
+from agent.gossip_sockets import bind_sockets, resolve
+from agent.gossip_streams import GossipStreams
 from agent.repeats import RepeatedLog
 from mesh.errors import ConfigError, ProtocolError, Unreachable
 from mesh.gossip.config import GossipConfig
@@ -38,7 +39,7 @@ from mesh.gossip.outputs import (
     SendDatagram,
 )
 from mesh.gossip.packet import DATAGRAM_BYTES_MAX
-from mesh.gossip.stream import PushPull, StreamError, StreamMessage
+from mesh.gossip.stream import PushPull, StreamError
 from mesh.gossip.wire_error import WireError
 
 logger = logging.getLogger("mesh.gossip")
@@ -46,19 +47,10 @@ logger = logging.getLogger("mesh.gossip")
 # Streams open at once, in each direction: memberlist's own cap on concurrent push-pulls.
 INBOUND_STREAMS_MAX = 128
 OUTBOUND_STREAMS_MAX = 32
-# What all unfinished stream messages together may hold: room for three states of the largest size that one may have,
-# so that a crowd of senders which never finish cannot fill the memory.
-STREAM_BUFFER_BYTES_MAX = 64 * 1024 * 1024
 # Packets read before other tasks get a turn.
 _DATAGRAM_BATCH = 64
-# The kernel holds what arrives while the loop is busy.
-_RECEIVE_BUFFER_BYTES = 2 * 1024 * 1024
-_READ_BYTES = 65_536
-# Parsing more than this takes milliseconds, so a worker thread does it.
-_INLINE_PARSE_BYTES = 256 * 1024
 _ACCEPT_RETRY_S = 0.1
 _JOIN_CONCURRENCY = 8
-_BIND_ATTEMPTS = 10
 _QUIET_REASONS = frozenset({"refuted", "probe-failed", "stall"})
 
 
@@ -104,8 +96,7 @@ class GossipDriver:
         self._told: dict[int, trio.Event] = {}
         self._inbound = 0
         self._outbound = 0
-        self._buffered_bytes = 0
-        self._parse_limiter = trio.CapacityLimiter(1)
+        self._streams = GossipStreams(lambda: self._node.stream_decoder())
         self._repeats = RepeatedLog(logger)
 
     @property
@@ -157,7 +148,9 @@ class GossipDriver:
         async with trio.open_nursery() as nursery:
             for address in addresses:
                 try:
-                    endpoints = await self._resolve(address)
+                    endpoints = await resolve(
+                        address, default_port=self._bind[1], timeout_s=self._config.stream_timeout_s
+                    )
                 except Unreachable as error:
                     failures[address] = str(error)
                     continue
@@ -222,30 +215,16 @@ class GossipDriver:
         )
 
     def _open_sockets(self) -> tuple[socket.socket, socket.socket]:
-        """UDP and TCP sockets on one port."""
-        host, port = self._bind
-        for attempt in range(_BIND_ATTEMPTS):
-            try:
-                tcp = _bound_socket(host, port, socket.SOCK_STREAM)
-            except OSError as error:
-                raise ConfigError(_bind_failure(host, port, "TCP", error)) from error
-            bound_port = tcp.getsockname()[1]
-            try:
-                udp = _bound_socket(host, bound_port, socket.SOCK_DGRAM)
-            except OSError as error:
-                tcp.close()
-                # A free TCP port may be taken for UDP: with port 0 there are others.
-                if port == 0 and error.errno == errno.EADDRINUSE and attempt + 1 < _BIND_ATTEMPTS:
-                    continue
-                raise ConfigError(_bind_failure(host, bound_port, "UDP", error)) from error
-            tcp.listen(INBOUND_STREAMS_MAX)
-            self._bind = (host, bound_port)
-            if not self._advertise[1]:
-                self._advertise = (self._advertise[0], bound_port)
-            if self._advertise[1] != self._node.local_member().port:
-                self._node = self._make_node(self._advertise[1])
-            return udp, tcp
-        raise AssertionError("unreachable: the last attempt returns or raises")
+        """UDP and TCP sockets on one port; from then on the port is known. Raises ConfigError."""
+        host = self._bind[0]
+        udp, tcp = bind_sockets(*self._bind, backlog=INBOUND_STREAMS_MAX)
+        port = int(tcp.getsockname()[1])
+        self._bind = (host, port)
+        if not self._advertise[1]:
+            self._advertise = (self._advertise[0], port)
+        if self._advertise[1] != self._node.local_member().port:
+            self._node = self._make_node(self._advertise[1])
+        return udp, tcp
 
     # UDP.
 
@@ -273,7 +252,7 @@ class GossipDriver:
         except OSError as error:
             # UDP promises nothing: a full buffer or an unreachable net is one more lost packet.
             self._node.counters["send-failed"] += 1
-            self._log("send-failed", f"sending to {output.endpoint[0]}:{output.endpoint[1]}: {error}")
+            self._log("send-failed", f"sending to {join_address(output.endpoint)}: {error}")
 
     # The core's timer and its outputs.
 
@@ -354,13 +333,13 @@ class GossipDriver:
         failure = await self._push_pull(output.endpoint, join=output.join)
         if failure is not None:
             self._node.counters["push-pull-failed"] += 1
-            host, port = output.endpoint
-            self._log("push-pull-failed", f"exchanging state with {host}:{port} failed: {failure}")
+            where = join_address(output.endpoint)
+            self._log("push-pull-failed", f"exchanging state with {where} failed: {failure}")
 
     async def _push_pull(self, endpoint: tuple[str, int], *, join: bool) -> str | None:
         """Why it failed, or None."""
         try:
-            reply = await self._exchange(
+            reply = await self._streams.exchange(
                 endpoint, self._node.push_pull_request(join=join), self._config.stream_timeout_s
             )
         except (Unreachable, ProtocolError) as error:
@@ -378,30 +357,13 @@ class GossipDriver:
         if timeout_s <= 0:
             return
         try:
-            reply = await self._exchange(output.endpoint, output.data, timeout_s)
+            reply = await self._streams.exchange(output.endpoint, output.data, timeout_s)
         except (Unreachable, ProtocolError):
             # Silence is the expected answer of a dead member; the probe draws the conclusion.
             return
         if isinstance(reply, Ack) and reply.sequence == output.sequence:
             self._node.receive_stream_ack(output.sequence, trio.current_time())
             self._flush()
-
-    async def _exchange(self, endpoint: tuple[str, int], request: bytes, timeout_s: float) -> StreamMessage:
-        """Connects, writes, reads one message. Raises Unreachable or WireError."""
-        host, port = endpoint
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            with trio.fail_after(timeout_s), trio.socket.socket(family, socket.SOCK_STREAM) as raw:
-                await raw.connect((host, port))
-                stream = trio.SocketStream(raw)
-                await stream.send_all(request)
-                return await self._read_message(stream)
-        except trio.TooSlowError as error:
-            raise Unreachable(f"no answer within {timeout_s:g} s") from error
-        except trio.BrokenResourceError as error:
-            raise Unreachable(f"the connection broke: {error.__cause__ or error}") from error
-        except OSError as error:
-            raise Unreachable(os.strerror(error.errno) if error.errno else str(error)) from error
 
     # TCP, inbound.
 
@@ -442,7 +404,7 @@ class GossipDriver:
 
     async def _answer(self, stream: trio.SocketStream, host: str) -> None:
         try:
-            message = await self._read_message(stream)
+            message = await self._streams.read_message(stream)
         except Unreachable:
             # The peer closed before it said anything whole: a port scan or a health check.
             self._node.counters["stream-cut"] += 1
@@ -456,64 +418,3 @@ class GossipDriver:
         self._flush()
         if reply is not None:
             await stream.send_all(reply)
-
-    async def _read_message(self, stream: trio.SocketStream) -> StreamMessage:
-        """One whole message. Raises WireError, or Unreachable when the stream ends before it."""
-        decoder = self._node.stream_decoder()
-        held = 0
-        try:
-            while True:
-                data = await stream.receive_some(_READ_BYTES)
-                if not data:
-                    raise Unreachable("the peer closed the connection before its message was whole")
-                held += len(data)
-                self._buffered_bytes += len(data)
-                if self._buffered_bytes > STREAM_BUFFER_BYTES_MAX:
-                    raise WireError(
-                        "stream-memory", "too much unfinished gossip state is held already; try again later"
-                    )
-                if decoder.received_bytes + len(data) > _INLINE_PARSE_BYTES:
-                    message = await trio.to_thread.run_sync(decoder.feed, bytes(data), limiter=self._parse_limiter)
-                else:
-                    message = decoder.feed(bytes(data))
-                if message is not None:
-                    return message
-        finally:
-            self._buffered_bytes -= held
-
-    async def _resolve(self, address: str) -> list[tuple[str, int]]:
-        """The endpoints that `host`, `host:port` or `[v6]:port` names. Raises Unreachable."""
-        endpoint = split_address(address, default_port=self._bind[1])
-        if endpoint is None:
-            raise Unreachable(f"{address!r} is not host, host:port or [v6]:port")
-        host, port = endpoint
-        try:
-            with trio.fail_after(self._config.stream_timeout_s):
-                found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            raise Unreachable(f"the name does not resolve: {error}") from error
-        except trio.TooSlowError as error:
-            raise Unreachable("the name did not resolve in time") from error
-        return list(dict.fromkeys((str(info[4][0]), int(info[4][1])) for info in found))
-
-
-def _bound_socket(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    created = socket.socket(family, kind)
-    try:
-        if kind == socket.SOCK_STREAM:
-            # A restarted agent gets its port back while old connections are in TIME_WAIT.
-            created.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        else:
-            created.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
-        created.settimeout(0)
-        created.bind((host, port))
-    except BaseException:
-        created.close()
-        raise
-    return created
-
-
-def _bind_failure(host: str, port: int, kind: str, error: OSError) -> str:
-    what = os.strerror(error.errno) if error.errno else str(error)
-    return f"cannot listen for gossip on {host}:{port} ({kind}): {what}; free the port or set -bind or -serf-lan-port"

@@ -302,17 +302,17 @@ async def test_connections_above_the_limit_are_closed_and_the_rest_served(clock)
 
 
 async def test_unfinished_streams_together_hold_bounded_memory(clock, monkeypatch):
-    monkeypatch.setattr("agent.gossip_driver.STREAM_BUFFER_BYTES_MAX", 300_000)
+    monkeypatch.setattr("agent.gossip_streams.STREAM_BUFFER_BYTES_MAX", 300_000)
     unfinished = b"\x06" + pack({"Nodes": 0, "UserStateLen": 10_000_000, "Join": True}) + bytes(200_000)
     async with running(make("a")) as (a,):
         async with await trio.open_tcp_stream(*a.address) as first, await trio.open_tcp_stream(*a.address) as second:
             await first.send_all(unfinished)
-            await wait_until(lambda: a._buffered_bytes == len(unfinished))
+            await wait_until(lambda: a._streams.buffered_bytes == len(unfinished))
             with suppress(trio.BrokenResourceError):
                 await second.send_all(unfinished)
             await wait_until(lambda: a.counters["stream-memory"] == 1)
             assert a._inbound <= 2
-        await wait_until(lambda: a._buffered_bytes == 0)
+        await wait_until(lambda: a._streams.buffered_bytes == 0)
         async with await trio.open_tcp_stream(*a.address) as stream:
             await stream.send_all(encode_stream(Ping(1, "a"), keyring=None, label=""))
             assert await read_reply(stream) == Ack(1)
