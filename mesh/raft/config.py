@@ -54,14 +54,14 @@ class RaftConfig:
 
     @classmethod
     def consul_default(cls, multiplier: int = 1) -> Self:
-        """Consul's timing at `raft_multiplier`: at 1, heartbeat 100 ms, election in [1 s, 2 s), lease 0.5 s.
+        """Consul's timing at `raft_multiplier`: at 1, heartbeat 150 ms (its mean), election in [1 s, 2 s), lease 0.5 s.
 
         Raises ConfigError unless 1 <= multiplier <= 10.
         """
         if not 1 <= multiplier <= 10:
             raise ConfigError(f"raft_multiplier: must be between 1 and 10, got {multiplier}")
         return cls(
-            heartbeat_interval_s=0.1 * multiplier,
+            heartbeat_interval_s=0.15 * multiplier,
             election_timeout_s=1.0 * multiplier,
             lease_s=0.5 * multiplier,
             retransmit_s=0.5 * multiplier,

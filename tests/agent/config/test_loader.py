@@ -73,7 +73,7 @@ def test_every_supported_key_reaches_the_configuration(tmp_path: Path) -> None:
     assert config.gossip_key == b"k" * 32
     assert (config.log_level, config.log_json, config.ui) == ("WARN", True, True)
     assert config.raft.election_timeout_s == 5.0
-    assert config.raft.heartbeat_interval_s == 0.5
+    assert config.raft.heartbeat_interval_s == 0.75
     assert config.raft.snapshot_threshold == 10
     assert config.limits.http_max_conns_per_client == 7
     assert config.default_intention_policy == "deny"

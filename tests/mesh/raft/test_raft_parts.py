@@ -38,7 +38,7 @@ def test_vote_outcome_counts_only_voters(votes: dict[str, bool], count: int) -> 
 def test_consul_timing_scales(multiplier: int) -> None:
     config = RaftConfig.consul_default(multiplier)
     assert config.election_timeout_s == pytest.approx(1.0 * multiplier)
-    assert config.heartbeat_interval_s == pytest.approx(0.1 * multiplier)
+    assert config.heartbeat_interval_s == pytest.approx(0.15 * multiplier)
     assert config.lease_s == pytest.approx(0.5 * multiplier)
 
 

@@ -406,7 +406,7 @@ def test_server_that_is_asking_around_itself_still_gives_its_vote() -> None:
     leader = world.wait_leader()
     world.run(1.0)
     voter, rival = others(world, leader)
-    world.isolate(leader, rival, voter)
+    world.isolate(voter)
     world.crash(leader)
     node = world.node(voter)
     world.run_until(lambda: node.role is Role.PRE_CANDIDATE, 5.0, "the pre-candidate")
