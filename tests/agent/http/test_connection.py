@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_backend import MemoryBackend
 
-from agent.http.connection import HttpConnection, HttpSettings
+from agent.http.connection import HttpConnection, HttpLimits, HttpSettings
 from agent.http.deadlines import Deadlines
 from agent.http.request import ApiRequest, ApiResponse, Route, json_response, text_response
 from agent.http.router import Router
@@ -524,3 +524,23 @@ def test_mutated_input_never_breaks_the_server(position, inserted, removed):
 def test_random_bytes_get_a_400_or_a_close(data):
     received = run_bytes([data])
     assert received == b"" or received.startswith(b"HTTP/1.1 ")
+
+
+async def test_request_that_comes_as_the_connection_is_drained_is_answered(autojump_clock):
+    async with serving() as client:
+        await trio.testing.wait_all_tasks_blocked()
+        await client.send("PUT /v1/kv/k HTTP/1.1", "Content-Length: 1", body=b"v")
+        client.connection.drain()  # it has woken, but not run yet
+        answer = await read_answer(client.stream)
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert await client.stream.receive_some() == b""
+        await client.done.wait()
+
+
+async def test_handler_without_an_end_is_answered_and_the_connection_closed(autojump_clock):
+    async with serving(HttpSettings(limits=HttpLimits(handler_s=5))) as client:
+        answer = await client.ask("PUT /v1/test/sleep?s=1000 HTTP/1.1")
+        assert (answer.status, answer.body) == (500, b"The request took too long")
+        assert trio.current_time() == pytest.approx(5, abs=0.2)
+        await client.done.wait()
+        assert client.log == ["cancelled"]
