@@ -48,13 +48,17 @@ class Service(Protocol):
 class HttpAccepted(Connection):
     """A connection that a client opened to one of our listeners: requests in, one exchange at a time, in order."""
 
-    __slots__ = ("_backlog", "_head_began", "_processing", "_relay", "codec", "exchange", "peer", "service", "source")
+    __slots__ = (
+        "_backlog", "_head_began", "_processing", "_relay", "codec", "exchange", "peer", "service", "source",
+        "valid_until_s",
+    )  # fmt: skip
 
     def __init__(self, reactor: Reactor, sock: socket.socket, service: Service, peer: str) -> None:
         super().__init__(reactor, sock)
         self.service = service
         self.peer = peer
         self.source = ""  # the caller's service, once identified
+        self.valid_until_s = 0.0  # Unix time when its certificate ends
         self.exchange: Exchange | None = None
         self.codec = ServerConnection()
         self._backlog: Sequence[RequestEvent] = ()

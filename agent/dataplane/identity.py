@@ -7,7 +7,6 @@ from collections import OrderedDict
 from agent.tls import client_context, peer_chain_der, server_context
 from mesh.ca.svid import Svid, check_chain_size, read_svid
 from mesh.errors import InvalidIdentity
-from mesh.names import SpiffeId
 from mesh.proxy.sidecar_config import SidecarConfig
 
 IDENTITIES_MAX = 1024  # certificates whose content has been judged, per sidecar
@@ -30,13 +29,13 @@ class SidecarIdentity:
 
     def server_spiffe_id(self, tls: ssl.SSLObject) -> str:
         """The server's SPIFFE ID. Raises InvalidIdentity."""
-        return str(self._identify(tls, is_client=False))
+        return str(self._identify(tls, is_client=False).spiffe_id)
 
-    def client_id(self, tls: ssl.SSLObject) -> SpiffeId:
-        """The client's SPIFFE ID. Raises InvalidIdentity."""
+    def client_svid(self, tls: ssl.SSLObject) -> Svid:
+        """The client's SPIFFE ID, and until when it proves anything. Raises InvalidIdentity."""
         return self._identify(tls, is_client=True)
 
-    def _identify(self, tls: ssl.SSLObject, *, is_client: bool) -> SpiffeId:
+    def _identify(self, tls: ssl.SSLObject, *, is_client: bool) -> Svid:
         role = "client" if is_client else "server"
         check_chain_size(peer_chain_der(tls))
         leaf = tls.getpeercert(binary_form=True)
@@ -50,4 +49,4 @@ class SidecarIdentity:
             if len(self._judged) > IDENTITIES_MAX:
                 self._judged.popitem(last=False)
         svid.check_time(time.time())
-        return svid.spiffe_id
+        return svid

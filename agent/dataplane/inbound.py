@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import time
 
 from agent.dataplane.http import HttpAccepted, HttpService
 from agent.dataplane.identity import SidecarIdentity
@@ -11,6 +12,7 @@ from agent.dataplane.target import PlainTransport, Target
 from agent.dataplane.tcp import TcpAccepted
 from agent.dataplane.tracing import Tracer
 from mesh.authz import L4Policy
+from mesh.ca.svid import Svid
 from mesh.errors import InvalidIdentity
 from mesh.proxy.pool import LOCAL_IDLE_TIMEOUT_S
 from mesh.proxy.sidecar_config import EndpointConfig, InboundListener, L4Rule, LimitsConfig
@@ -51,18 +53,18 @@ class _Gate:
         self._metrics = metrics
         self._refused_logged: set[str] = set()
 
-    def source(self, accepted: HttpAccepted | TcpAccepted) -> str | None:
-        """The caller's service, or None when its certificate names none that we accept."""
+    def caller(self, accepted: HttpAccepted | TcpAccepted) -> Svid | None:
+        """Who calls, or None when its certificate is no service's that we accept."""
         assert accepted.tls is not None
         try:
-            spiffe_id = self.identity.client_id(accepted.tls)
+            svid = self.identity.client_svid(accepted.tls)
         except InvalidIdentity as error:
             self._refuse(accepted.peer, str(error))
             return None
-        if spiffe_id.service is None:
-            self._refuse(accepted.peer, f"{spiffe_id} is not a service's identity")
+        if svid.spiffe_id.service is None:
+            self._refuse(accepted.peer, f"{svid.spiffe_id} is not a service's identity")
             return None
-        return spiffe_id.service
+        return svid
 
     def _refuse(self, peer: str, reason: str) -> None:
         self._metrics.tls_errors += 1
@@ -102,12 +104,18 @@ class InboundHttp(HttpService):
 
     def identify(self, accepted: HttpAccepted) -> bool:
         """HttpAccepted callback."""
-        source = self._gate.source(accepted)
-        accepted.source = source or ""
-        return source is not None
+        caller = self._gate.caller(accepted)
+        if caller is None:
+            return False
+        accepted.source = caller.spiffe_id.service or ""
+        accepted.valid_until_s = caller.not_after_s
+        return True
 
     def allowed(self, accepted: HttpAccepted) -> bool:
-        """HttpService callback."""
+        """HttpService callback. A caller that renews its leaf connects anew with it, long before the old one ends."""
+        if time.time() > accepted.valid_until_s:
+            accepted.codec.must_close = True
+            return False
         return self._gate.authorizer.allows(accepted.source)
 
 
@@ -142,9 +150,10 @@ class InboundTcp:
 
     def identify(self, accepted: TcpAccepted) -> bool:
         """TcpAccepted callback."""
-        source = self._gate.source(accepted)
-        if source is None:
+        caller = self._gate.caller(accepted)
+        if caller is None:
             return False
+        source = caller.spiffe_id.service or ""
         if not self._gate.authorizer.allows(source):
             self.metrics.denied += 1
             return False

@@ -55,6 +55,24 @@ def test_an_expired_client_is_refused(pair):
         client.read(1)
 
 
+def test_a_connection_lasts_no_longer_than_its_clients_certificate(pair):
+    hops = pair.hops()
+    hops.serve()
+    leaf = pair.authority.leaf("web", not_after_s=time.time() + 2)
+    ends_at = int(time.time()) + 3  # certificates count whole seconds
+    client = hops.tls_client(leaf=leaf)
+    client.send(GET)
+    assert client.read_message()[1] == b"ok"
+    while time.time() < ends_at:
+        client.sock.settimeout(max(0.01, ends_at - time.time()))
+        with pytest.raises(TimeoutError):
+            client._fill()  # silence until then
+    client.sock.settimeout(5)
+    client.send(GET + GET)
+    assert client.read_message()[0].startswith(b"HTTP/1.1 403 ")
+    assert client.at_end()
+
+
 def test_sessions_are_never_resumed(pair):
     hops = pair.hops()
     client = hops.tls_client()
