@@ -374,6 +374,8 @@ class NaiveCatalog:
                 row = replace(new, create_index=old.create_index, modify_index=old.modify_index)
                 if row != old:
                     self.services[at] = (name, replace(row, modify_index=index))
+                    if (row.service, row.service_id, row.tags) == (old.service, old.service_id, old.tags):
+                        return  # what a check repeats of its service is as it was
                     for check in [one for on, one in self.checks if on == name]:
                         if check.service_id.lower() == new.service_id.lower():
                             self.put_check(index, name, check)
