@@ -119,9 +119,10 @@ class CatalogReconciler:
             return
         if self._is_taken(node):
             return
-        # skip_node_update: the agent itself owns the rest of its node's row (meta, tagged addresses).
-        unchanged = existing is not None and existing.node == node
-        await self._commit(Register(node, None if has_service else service, (check,), skip_node_update=unchanged))
+        # The agent itself owns the rest of its node's row (meta, tagged addresses), and may register it while this
+        # write is on its way: a row that we had not seen is created where there is none, and left alone where there is.
+        skip = existing is None or existing.node == node
+        await self._commit(Register(node, None if has_service else service, (check,), skip_node_update=skip))
         if existing is None:
             _LOG.info("member %s joined, registering it in the catalog", member.name)
 

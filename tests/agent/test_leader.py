@@ -189,12 +189,16 @@ class Catalog:
         self.members = members
         self.store = Store()
         self.writes: list[object] = []
+        self.overtaking: Register | None = None  # reaches the log just before the next write
         self._fsm = Fsm(self.store)
         self.reconciler = CatalogReconciler(
             store=self.store, commit=self.commit, members=lambda: self.members, datacenter="dc1", own_name="s1"
         )
 
     async def commit(self, command) -> None:
+        overtaking, self.overtaking = self.overtaking, None
+        if overtaking is not None:
+            await self.commit(overtaking)
         self.writes.append(command)
         self._fsm.apply(len(self.writes), COMMAND_CODEC.encode(command))
 
@@ -229,6 +233,17 @@ async def test_what_the_agent_said_of_its_own_node_is_kept():
     await catalog.reconciler.reconcile_all()
     row = queries.run(catalog.store, GetNodeServices("c1")).value.node
     assert (row.address, row.tagged_addresses, row.meta) == ("10.0.0.9", {"wan": "1.2.3.4"}, {"rack": "7"})
+
+
+async def test_an_agent_that_registers_itself_while_the_leader_does_keeps_its_row():
+    catalog = Catalog(member("c1"))
+    own = Node("c1", "10.0.0.1", "id-c1", "dc1", {"wan": "1.2.3.4"}, {"rack": "7"})
+    catalog.overtaking = Register(own)
+    await catalog.reconciler.reconcile_all()
+    row = queries.run(catalog.store, GetNodeServices("c1")).value.node
+    assert (row.tagged_addresses, row.meta) == ({"wan": "1.2.3.4"}, {"rack": "7"})
+    checks = queries.run(catalog.store, ListNodeChecks("c1")).value
+    assert [(check.check_id, check.status) for check in checks] == [("serfHealth", "passing")]
 
 
 async def test_a_rebuilt_host_with_its_old_name_takes_the_place_of_the_old_one():
