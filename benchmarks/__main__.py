@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-BENCHMARKS = ("two_hops", "kv_puts", "kv_gets", "intention_flips", "leader_death", "kv_gets")
+BENCHMARKS = ("two_hops", "kv_puts", "kv_gets", "intention_flips", "leader_death", "footprint")
 
 
 def main() -> int:

@@ -23,6 +23,7 @@ from agent.dataplane.worker_process import WorkerDirectory
 __all__ = ["AgentProcess", "Cluster", "cluster_of", "cpu_seconds", "free_ports", "loopback_address", "wait_until"]
 
 _ROOT = Path(__file__).parents[1]
+STOP_S = 10.0  # what every agent promises
 READY_S = 30.0  # a loaded machine; a healthy agent needs well under one
 HTTP_PORT, SERF_PORT, RPC_PORT = 8500, 8301, 8300
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
@@ -235,6 +236,17 @@ class Cluster:
     def wait_ready(self) -> None:
         for agent in self.agents:
             agent.wait_ready()
+
+    def stop(self) -> None:
+        """Ends everybody as an operator would, the clients first; fails when one takes too long or ends badly."""
+        for group in (self.clients, self.servers):
+            for agent in group:
+                agent.running.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + STOP_S
+            for agent in group:
+                status = agent.running.wait(max(0.0, deadline - time.monotonic()))
+                assert status == 0, f"{agent.name} ended with status {status}"
+                assert "Traceback" not in agent.log.read_text(), agent.log.read_text()
 
     def close(self) -> None:
         """Ends every process, workers too."""

@@ -228,10 +228,7 @@ def test_gossip_datagrams_of_any_content_change_nothing(world, memory_before):
     assert len(log_lines(world, server)) - logged <= LINES_MAX
 
 
-def test_memory_is_bounded_and_everyone_stops_in_order(world, memory_before):
+def test_after_all_that_memory_is_bounded(world, memory_before):
     after = memory_mib(world)
-    print({name: (round(before), round(after[name])) for name, before in memory_before.items()})
     for name, before in memory_before.items():
         assert after[name] - before < MEMORY_MIB_MAX, (name, before, after[name])
-    for agent in world.cluster.agents:
-        assert agent.stop() == 0
