@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import trio
 import trio.testing
-from conftest import Answer, all_routes, read_answer
+from api_server import Answer, all_routes, read_answer
 from hypothesis import given
 from hypothesis import strategies as st
 from memory_backend import MemoryBackend
