@@ -12,7 +12,6 @@ import msgspec
 from mesh.model.intention import WILDCARD, Intention, IntentionAction
 
 DEFAULT_BY_ACLS = "Default behavior configured by ACLs"
-DEFAULT_BY_POLICY = "Default intention policy"  # when default_intention_policy is configured
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -39,14 +38,13 @@ def authorize(
     source: str,
     destination: str,
     default_allow: bool,
-    default_reason: str = DEFAULT_BY_ACLS,
 ) -> Decision:
     """Decides a connection between two services. Rules with L7 permissions never allow one: they need its requests."""
     matching = [
         rule for rule in intentions if rule.source in (source, WILDCARD) and rule.destination in (destination, WILDCARD)
     ]
     if not matching:
-        return Decision(default_allow, default_reason)
+        return Decision(default_allow, DEFAULT_BY_ACLS)
     rule = max(matching, key=lambda one: (one.precedence, one.action != "allow"))  # among equals refuse
     if rule.permissions or rule.action is None:
         return Decision(allowed=False, reason=f"Matched L7 intention: {describe(rule)}", intention=rule)
@@ -80,8 +78,3 @@ class L4Policy:
     def allows(self, source: str) -> bool:
         """Whether the service may connect."""
         return self._allowed.get(source, self._otherwise)
-
-
-def authorize_l4(rules: Iterable[SourceRule], *, source: str, default_allow: bool) -> bool:
-    """Whether the source may connect to the destination of the rules, which come highest precedence first."""
-    return L4Policy(rules, default_allow=default_allow).allows(source)

@@ -7,7 +7,6 @@ import msgspec
 from mesh.errors import InvalidIdentity
 
 # RFC 1123 label, as the DNS interface needs it; names outside it still work, but not in DNS.
-_DNS_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", re.ASCII)
 _DATACENTER = re.compile(r"[a-z0-9_-]{1,64}", re.ASCII)
 _NODE_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 _SPIFFE_HOST = re.compile(r"[a-z0-9._-]{1,255}", re.ASCII)
@@ -26,11 +25,6 @@ def fold(name: str) -> str:
     must not differ.
     """
     return name.lower() if name.isascii() else name.translate(_UPPER_TO_LOWER)
-
-
-def is_dns_label(name: str) -> bool:
-    """Whether the name is one DNS label (RFC 1123), 63 bytes at most."""
-    return _DNS_LABEL.fullmatch(name) is not None
 
 
 def is_datacenter_name(name: str) -> bool:
@@ -56,8 +50,8 @@ class SpiffeId(msgspec.Struct, frozen=True):
     def service(self) -> str | None:
         """The service this identity speaks for, or None when it is an agent's or a server's."""
         match self.path:
-            case ("ns", _, "dc", _, "svc", service):
-                return service
+            case ("ns", "default", "dc", _, "svc", service):
+                return service  # intentions name services without a namespace: another's `web` is not ours
         return None
 
     @property

@@ -35,7 +35,7 @@ class MembershipObserver(Protocol):
     """Who is told what changed; all calls happen inside the call that caused them."""
 
     def node_joined(self, record: NodeRecord, now: float) -> None: ...
-    def node_updated(self, record: NodeRecord, now: float) -> None: ...
+    def node_updated(self, record: NodeRecord) -> None: ...
     def node_departed(self, record: NodeRecord, now: float) -> None: ...
     def broadcast(self, name: str, message: Message, *, token: int | None = None) -> None: ...
     def tell(self, endpoint: tuple[str, int], message: Message) -> None: ...
@@ -131,7 +131,7 @@ class Membership:
             self.live_count += 1
             self._observer.node_joined(record, now)
         elif record.meta != old_meta:
-            self._observer.node_updated(record, now)
+            self._observer.node_updated(record)
 
     def apply_suspect(self, suspect: Suspect, now: float) -> None:
         """Somebody (perhaps we) got no answer from a node."""
@@ -197,12 +197,12 @@ class Membership:
             else:
                 self.apply_suspect(Suspect(entry.incarnation, entry.name, self.local.name), now)
 
-    def set_local_meta(self, meta: bytes, now: float) -> None:
+    def set_local_meta(self, meta: bytes) -> None:
         """Announces the local node with other meta bytes under a new incarnation."""
         self.local.meta = meta
         self.local.incarnation = min(self.local.incarnation + 1, ALIVE_INCARNATION_MAX)
         self._observer.broadcast(self.local.name, self._local_alive())
-        self._observer.node_updated(self.local, now)
+        self._observer.node_updated(self.local)
 
     def declare_left(self, now: float, *, token: int) -> None:
         """Says that the local node leaves: a death that the node itself reports. Requires `leaving`."""

@@ -116,7 +116,7 @@ class GossipNode:
         )
         self._stalled_at = -math.inf
         self._life: Literal["running", "leaving", "left"] = "running"
-        self._serf.node_joined(local, 0.0)
+        self._serf.node_joined(local)
 
     # What the driver calls.
 
@@ -231,7 +231,7 @@ class GossipNode:
         self._now = now
         meta = encode_tags(tags)
         if meta != self._membership.local.meta and self._life == "running":
-            self._membership.set_local_meta(meta, now)
+            self._membership.set_local_meta(meta)
 
     def leave(self, now: float) -> None:
         """Starts to leave: intent, then our own death as "left", each told to the pool; ends with LeaveCompleted."""
@@ -290,10 +290,10 @@ class GossipNode:
     # What the parts report (MembershipObserver and ProbePort).
 
     def node_joined(self, record: NodeRecord, now: float) -> None:
-        self._serf.node_joined(record, now)
+        self._serf.node_joined(record)
         self._rumours.resume(now)
 
-    def node_updated(self, record: NodeRecord, now: float) -> None:
+    def node_updated(self, record: NodeRecord) -> None:
         self._serf.node_updated(record)
 
     def node_departed(self, record: NodeRecord, now: float) -> None:
@@ -340,7 +340,7 @@ class GossipNode:
             case Ping():
                 self._prober.receive_ping(message, source)
             case Ack():
-                self._prober.receive_ack(message, now)
+                self._prober.receive_ack(message)
             case IndirectPing():
                 self._prober.receive_indirect_ping(message, source, now)
             case Nack():

@@ -104,7 +104,7 @@ class Prober:
         self._timers.schedule(now + self._config.nack_fraction * timeout_s, partial(self._relay_late, sequence))
         self._timers.schedule(now + timeout_s, partial(self._relay_over, sequence, source))
 
-    def receive_ack(self, ack: Ack, now: float) -> None:
+    def receive_ack(self, ack: Ack) -> None:
         """Ends the probe or the relay of that sequence; an ack nobody waits for is ignored."""
         probe = self._probes.pop(ack.sequence, None)
         if probe is not None:

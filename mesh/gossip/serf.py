@@ -131,7 +131,7 @@ class SerfLayer:
     def count(self, status: Status) -> int:
         return sum(member.status == status for member in self._members.values())
 
-    def node_joined(self, record: NodeRecord, now: float) -> None:
+    def node_joined(self, record: NodeRecord) -> None:
         """SWIM sees the node alive, for the first time or again."""
         member = self._members.get(record.name)
         if member is None:

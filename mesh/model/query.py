@@ -153,8 +153,6 @@ Query = (
     | GetCaRoots
 )
 
-QUERY_CODEC: Codec[Query] = Codec(Query)
-
 _ANSWER_CODECS: dict[type[object], Codec[object]] = {
     ListNodes: Codec(tuple[Node, ...]),
     ListServices: Codec(dict[str, tuple[str, ...]]),

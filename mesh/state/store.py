@@ -45,10 +45,6 @@ class Store:
         """The active CA root with its private key, for the leader's CA alone; None until the CA exists."""
         return self.roots.active() if self.roots.rows else None
 
-    def private_roots(self) -> tuple[CaRoot, ...]:
-        """Every CA root with its private key, for the leader's CA alone."""
-        return self.roots.rows
-
     @property
     def roots_index(self) -> int:
         """What `CaRootsSet.cas_index` is compared with: 0 until the CA exists."""

@@ -58,7 +58,7 @@ async def rotate(backend, *, keep_old=True):
         not_before_s=NOW_S + trio.current_time() - 60,
         not_after_s=NOW_S + trio.current_time() + authority.ROOT_LIFETIME_S,
     )
-    old = tuple(replace(root, active=False) for root in store.private_roots()) if keep_old else ()
+    old = tuple(replace(root, active=False) for root in store.roots.rows) if keep_old else ()
     assert (await backend.apply(CaRootsSet(store.cluster_id, (new, *old), cas_index=store.roots_index))).ok
     return new
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from mesh.authz import DEFAULT_BY_POLICY, L4Policy, authorize, authorize_l4
+from mesh.authz import L4Policy, authorize
 from mesh.model.intention import Intention
 
 PERMISSIONS = ({"Action": "allow", "HTTP": {"PathPrefix": "/"}},)
@@ -50,7 +50,6 @@ def test_decisions_agree_with_a_naive_oracle(rules: list[Intention], default_all
         inbound = sorted(
             (rule for rule in rules if rule.destination in (destination, "*")), key=lambda one: -one.precedence
         )
-        assert authorize_l4(inbound, source=source, default_allow=default_allow) is expected
         assert L4Policy(inbound, default_allow=default_allow).allows(source) is expected
 
 
@@ -89,8 +88,8 @@ def test_reasons():
     assert decision.reason == (
         "Matched L7 intention: default/web => default/api (ID: abc, Precedence: 9, Permissions: 1)"
     )
-    decision = authorize([], source="web", destination="api", default_allow=True, default_reason=DEFAULT_BY_POLICY)
-    assert (decision.allowed, decision.reason) == (True, "Default intention policy")
+    decision = authorize([], source="web", destination="api", default_allow=True)
+    assert (decision.allowed, decision.reason) == (True, "Default behavior configured by ACLs")
 
 
 def test_two_rules_for_one_pair_refuse():

@@ -10,22 +10,11 @@ from mesh.names import (
     agent_spiffe_id,
     fold,
     is_datacenter_name,
-    is_dns_label,
     is_node_name,
     parse_spiffe_id,
     server_spiffe_id,
     service_spiffe_id,
 )
-
-
-@pytest.mark.parametrize("name", ["a", "web-1", "9", "A" * 63])
-def test_dns_labels(name):
-    assert is_dns_label(name)
-
-
-@pytest.mark.parametrize("name", ["", "-a", "a-", "a.b", "a_b", "é", "A" * 64, "a\n", "a b"])
-def test_names_that_are_no_dns_labels(name):
-    assert not is_dns_label(name)
 
 
 def test_datacenter_names_are_lower_case():
