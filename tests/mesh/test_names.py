@@ -57,6 +57,7 @@ def test_identities_survive_their_text(identity, text, service, datacenter):
 def test_other_paths_speak_for_nobody():
     identity = parse_spiffe_id("spiffe://t.consul/something/else")
     assert (identity.service, identity.datacenter) == (None, None)
+    assert parse_spiffe_id("spiffe://t.consul/ns/other/dc/dc1/svc/web").service is None
 
 
 @pytest.mark.parametrize(
