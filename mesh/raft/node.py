@@ -321,7 +321,8 @@ class Node:
         if request.term < self.term:
             self._answer_vote(sender_id, request, granted=False)
             return
-        if not request.transfer and self._shields(now):
+        is_known = not self.has_state or sender_id in self.log.configuration.server_ids
+        if not (request.transfer and is_known) and self._shields(now):
             # Someone who cannot hear the leader, or was removed, must not depose it, nor raise our term. Our own term
             # may have moved past that leader's since: its lease, which we helped to give, has not ended for that.
             if request.pre or request.term == self.term:
@@ -334,7 +335,6 @@ class Node:
             self._answer_vote(sender_id, request, granted=granted)
             return
         if request.term > self.term:
-            is_known = not self.has_state or sender_id in self.log.configuration.server_ids
             if not is_known and (not is_up_to_date or request.term - self.term > TERM_JUMP_MAX):
                 return  # it may be a voter that we have not learned of, but then its log is ahead
             self._become_follower(request.term, None, now)

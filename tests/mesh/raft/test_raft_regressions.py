@@ -591,6 +591,18 @@ def test_transfer_hands_over_without_an_election_timeout() -> None:
     assert world.now - started < 0.1
 
 
+def test_a_stranger_that_pretends_to_be_a_transfers_target_deposes_nobody() -> None:
+    world = World(1, "abc")
+    leader = world.wait_leader()
+    world.run(2.0)
+    term = world.node(leader).term
+    for name in sorted(world.hosts):
+        request = VoteRequest(term + 1, 2**40, term + 1, pre=False, transfer=True)
+        world.node(name).receive_message("stranger", request, world.clock(world.hosts[name]))
+        assert world.node(name).term == term
+    assert world.leader() == leader
+
+
 def test_transfer_to_a_dead_target_is_given_up_and_writes_resume() -> None:
     world = World(41, "abc")
     leader = world.wait_leader()
