@@ -435,5 +435,9 @@ async def _listen(host: str, port: int) -> list[trio.SocketListener]:
     except OSError as error:
         # Trio folds the errors of several sockets into one without a number; the cause has it.
         number = error.errno or getattr(error.__cause__, "errno", None)
-        reason = "the port is in use" if number == errno.EADDRINUSE else os.strerror(number) if number else str(error)
+        reason = os.strerror(number) if number else str(error)
+        if number == errno.EADDRINUSE:
+            reason = "the port is in use; stop who has it, or set -server-port"
+        elif number == errno.EADDRNOTAVAIL:
+            reason = "this host has no such address; set -bind to one of its own"
         raise ConfigError(f"ports.server: cannot listen on {join_address((host, port))}: {reason}") from error
