@@ -1,6 +1,7 @@
 """The http check: one request on a new connection."""
 
 import ssl
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 import trio
@@ -39,6 +40,8 @@ class HttpChecker:
                 trust_env=False,
                 timeout=None,  # the caller bounds the whole run
                 max_redirects=REDIRECTS_MAX,
+                # Cookies know no ports: what one service sets would be sent to its neighbours, and be kept for ever.
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             )
             client = self._clients.setdefault(verify, fresh)
@@ -47,7 +50,11 @@ class HttpChecker:
     async def run(self, definition: CheckDefinition) -> CheckResult:
         """2xx passes, 429 warns, everything else is critical. The caller bounds the time."""
         method, url = http_method(definition), definition.http
-        headers = [("User-Agent", USER_AGENT), ("Accept", "text/plain, text/*, */*")]
+        headers = [
+            ("User-Agent", USER_AGENT),
+            ("Accept", "text/plain, text/*, */*"),
+            ("Accept-Encoding", "identity"),
+        ]
         given = {name.lower() for name in definition.header}
         headers = [(name, value) for name, value in headers if name.lower() not in given]
         headers += [(name, value) for name, values in definition.header.items() for value in values]
@@ -64,8 +71,9 @@ class HttpChecker:
                 extensions=extensions,
             ) as response:
                 body = b""
-                # Read to the end, as a server that cannot finish its answer is not well; the deadline bounds it.
-                async for chunk in response.aiter_bytes():
+                # Read to the end, as a server that cannot finish its answer is not well; the deadline bounds it. Never
+                # decompressed: a kilobyte may become a gigabyte, and encodings may be stacked.
+                async for chunk in response.aiter_raw():
                     body += chunk[: limit - len(body)]
                 code, phrase = response.status_code, response.reason_phrase
         except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError, OSError, ValueError) as error:
