@@ -51,17 +51,10 @@ def dev_s() -> float:
         started = time.monotonic()
         agent.start()
         try:
-            wait_until(lambda: _writes(agent))
+            wait_until(agent.writes)
             return time.monotonic() - started
         finally:
             agent.kill()
-
-
-def _writes(agent: AgentProcess) -> bool:
-    try:
-        return agent.request("PUT", "/v1/kv/x", b"x")[0] == 200
-    except OSError:
-        return False
 
 
 def stop_s(number: signal.Signals) -> tuple[float, float]:

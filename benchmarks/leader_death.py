@@ -28,7 +28,8 @@ def one_round(mesh: Meshed) -> tuple[float, float, int, int]:
         while {server.leader() for server in others} - {server.rpc_address for server in others}:
             time.sleep(0.005)
         elected_s = time.monotonic() - killed_at
-        mesh.web.put("/v1/kv/after", killed_at)
+        while not mesh.web.writes():
+            time.sleep(0.005)
         writes_s = time.monotonic() - killed_at
         time.sleep(AFTER_S)
         load.wait(REQUESTS_PER_S)

@@ -167,6 +167,13 @@ class AgentProcess:
         assert status == 200, f"PUT {path}: {status} {body!r}"
         return body
 
+    def writes(self) -> bool:
+        """Whether a write through this agent succeeds now."""
+        try:
+            return self.request("PUT", f"/v1/kv/ready/{self.name}", b"x")[0] == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
     def leader(self) -> str:
         """The leader's address as this agent sees it; empty when there is none or the agent does not answer."""
         return self.get("/v1/status/leader").decode().strip().strip('"')
@@ -174,14 +181,11 @@ class AgentProcess:
     def wait_ready(self) -> None:
         """Until a write through this agent succeeds."""
 
-        def writes() -> bool:
+        def ready() -> bool:
             assert self.alive, self.log.read_text()
-            try:
-                return self.request("PUT", f"/v1/kv/ready/{self.name}", b"x")[0] == 200
-            except (OSError, http.client.HTTPException):
-                return False
+            return self.writes()
 
-        wait_until(writes, why=self.log.read_text)
+        wait_until(ready, why=self.log.read_text)
 
     # -- its services
 
