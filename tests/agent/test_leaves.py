@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from root_rotation import rotate
 from state_backend import StateBackend, WallClock
 
 from agent import follow, leaf_files, leaves
@@ -21,7 +22,6 @@ from mesh.ca.leaf import pem_to_der
 from mesh.ca.svid import verify_svid
 from mesh.errors import InvalidIdentity, LimitExceeded, NoLeader, Refused
 from mesh.model.ca import IssuedLeaf
-from mesh.model.command import CaRootsSet
 
 LIFE_S = authority.LEAF_LIFETIME_S + authority.BACKDATE_S
 
@@ -46,21 +46,6 @@ def manager_of(backend, *, data_dir=None, runtime=None, seed=1):
     return LeafManager(
         backend=backend, runtime=runtime or WallClock(NOW_S, seed=seed), datacenter="dc1", data_dir=data_dir
     )
-
-
-async def rotate(backend, *, keep_old=True):
-    """A new active root; the old one stays trusted unless told otherwise."""
-    store = backend.fsm.store
-    new = authority.create_root(
-        ec.generate_private_key(ec.SECP256R1()),
-        cluster_id=store.cluster_id,
-        serial_number=random.getrandbits(60) + 1,
-        not_before_s=NOW_S + trio.current_time() - 60,
-        not_after_s=NOW_S + trio.current_time() + authority.ROOT_LIFETIME_S,
-    )
-    old = tuple(replace(root, active=False) for root in store.roots.rows) if keep_old else ()
-    assert (await backend.apply(CaRootsSet(store.cluster_id, (new, *old), cas_index=store.roots_index))).ok
-    return new
 
 
 async def test_first_leaf_is_made_on_demand_and_then_kept(autojump_clock, backend, nursery):

@@ -12,6 +12,7 @@ import trio
 import trio.testing
 from certificates import NOW_S
 from msgspec.structs import replace
+from root_rotation import rotate
 from sidecars import loopback_address
 from state_backend import StateBackend, WallClock
 
@@ -434,8 +435,6 @@ async def test_registration_that_no_worker_could_serve_is_named_and_left_out(aut
 
 
 async def test_new_leaf_and_new_roots_reach_the_worker(autojump_clock, backend):
-    from test_leaves import rotate
-
     async with running(Agent(backend, WEB, WEB_PROXY)) as agent:
         await settle()
         old = agent.worker.sidecar("web-sidecar-proxy")
