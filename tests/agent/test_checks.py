@@ -12,6 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from state_backend import MemoryBackend
 
 from agent.check_http import HttpChecker
 from agent.check_runs import run_tcp
@@ -23,7 +24,6 @@ from mesh.errors import NotFound, Refused, Unreachable
 from mesh.model.catalog import Node, Service
 from mesh.model.check import Check, CheckDefinition, CheckStatus
 from mesh.model.command import Register
-from tests.agent.http.memory_backend import MemoryBackend
 
 
 class Host:

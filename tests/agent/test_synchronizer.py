@@ -4,6 +4,7 @@ import pytest
 import trio
 import trio.testing
 from msgspec.structs import replace
+from state_backend import MemoryBackend
 
 from agent.checks import CheckRunner
 from agent.definitions import check_definition, service_definition
@@ -15,7 +16,6 @@ from mesh.model.catalog import Node, Service
 from mesh.model.check import SERF_HEALTH_ID, SERF_HEALTH_NAME, Check
 from mesh.model.command import Command, CommandResult, Deregister, Register, Rejected
 from mesh.model.query import GetNodeServices, ListNodeChecks, ReadOptions
-from tests.agent.http.memory_backend import MemoryBackend
 
 Clock = trio.testing.MockClock
 

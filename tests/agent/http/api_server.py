@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import httpx
 import trio
-from memory_backend import MemoryBackend
+from state_backend import MemoryBackend
 
 from agent.http.catalog import CatalogApi
 from agent.http.config_entries import ConfigApi

@@ -6,7 +6,7 @@ import httpx
 import pytest
 import trio
 from api_server import Answer, Api, all_routes, read_answer
-from memory_backend import MemoryBackend
+from state_backend import MemoryBackend
 
 from agent.http.connection import HttpSettings
 from agent.http.server import HttpServer, TcpListen
@@ -24,7 +24,6 @@ async def api(settings: HttpSettings, nursery: trio.Nursery) -> AsyncIterator[Ap
     server = HttpServer(all_routes(backend, runtime), (TcpListen("ports.http", "127.0.0.1", 0),), settings, runtime)
     await server.listen()
     nursery.start_soon(server.run)
-    nursery.start_soon(backend.watches.run)
     host, port = server.addresses[0]
     async with httpx.AsyncClient(base_url=f"http://{host}:{port}", trust_env=False) as http:
         yield Api(http, backend, server, nursery)

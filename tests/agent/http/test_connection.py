@@ -12,7 +12,7 @@ import trio.testing
 from api_server import Answer, all_routes, read_answer
 from hypothesis import given
 from hypothesis import strategies as st
-from memory_backend import MemoryBackend
+from state_backend import MemoryBackend
 
 from agent.http.connection import HttpConnection, HttpLimits, HttpSettings
 from agent.http.deadlines import Deadlines
@@ -91,7 +91,6 @@ async def serving(settings: HttpSettings | None = None, *, over_loopback: bool =
     async with trio.open_nursery() as nursery:
         nursery.start_soon(deadlines.run)
         nursery.start_soon(run)
-        nursery.start_soon(backend.watches.run)
         yield Client(ours, connection, backend, done, log)
         nursery.cancel_scope.cancel()
 
@@ -167,16 +166,16 @@ async def test_blocking_query_wakes_on_the_change_it_waits_for(autojump_clock):
         await client.ask("PUT /v1/kv/a HTTP/1.1", "Content-Length: 1", body=b"1")
         await client.send("GET /v1/kv/a?index=10 HTTP/1.1")
         await trio.sleep(30)
-        assert len(client.backend.watches) == 1
+        assert len(client.backend.registry) == 1
         async with serving_same(client) as other:
             await other.ask("PUT /v1/kv/b HTTP/1.1", "Content-Length: 1", body=b"2")
             await trio.sleep(30)
-            assert len(client.backend.watches) == 1  # another key is no reason to wake
+            assert len(client.backend.registry) == 1  # another key is no reason to wake
             await other.ask("PUT /v1/kv/a HTTP/1.1", "Content-Length: 1", body=b"3")
         answer = await read_answer(client.stream)
         assert (answer.status, answer.headers["x-consul-index"]) == (200, "12")
         assert trio.current_time() == pytest.approx(60.0)
-        assert len(client.backend.watches) == 0
+        assert len(client.backend.registry) == 0
 
 
 @asynccontextmanager
@@ -243,10 +242,10 @@ async def test_client_that_leaves_a_blocking_query_frees_its_watch_at_once(autoj
     async with serving() as client:
         await client.send("GET /v1/catalog/nodes?index=5 HTTP/1.1")
         await trio.sleep(1)
-        assert len(client.backend.watches) == 1
+        assert len(client.backend.registry) == 1
         await client.stream.aclose()
         await client.done.wait()
-        assert len(client.backend.watches) == 0
+        assert len(client.backend.registry) == 0
         assert trio.current_time() == pytest.approx(1.0)
 
 

@@ -94,11 +94,11 @@ async def test_match_of_several_names_wakes_for_any_of_them(api):
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(wait)
-        while len(api.backend.watches) < 2:
+        while len(api.backend.registry) < 2:
             await trio.sleep(0.01)
         await put_rule(api, "web", "cache", {"Action": "deny"})
     assert [rule["SourceName"] for rule in answers[0]["cache"]] == ["web"]
-    assert len(api.backend.watches) == 0
+    assert len(api.backend.registry) == 0
 
 
 @pytest.mark.parametrize(

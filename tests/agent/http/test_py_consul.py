@@ -48,7 +48,7 @@ async def test_blocking_get_returns_when_another_client_writes(api, call):
     async with trio.open_nursery() as nursery:
         nursery.start_soon(call, watch)
         with trio.fail_after(10):
-            while len(api.backend.watches) == 0:
+            while len(api.backend.registry) == 0:
                 await trio.sleep(0.01)
         await api.put("/v1/kv/watched", b"now")
     assert seen == [("10", b"now")]

@@ -9,7 +9,7 @@ import httpx
 import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric import ec
-from memory_backend import MemoryBackend
+from state_backend import MemoryBackend
 
 from agent.http.connection import HttpLimits, HttpSettings
 from agent.http.request import ApiRequest, ApiResponse, Route, text_response
@@ -307,7 +307,7 @@ async def test_abandoned_blocking_queries_leave_nothing_behind(api):
     streams = [await api.connect() for _ in range(100)]
     for stream in streams:
         await stream.send_all(b"GET /v1/kv/a?index=7 HTTP/1.1\r\nHost: a\r\n\r\n")
-    await until(lambda: len(backend.watches) == 100)
+    await until(lambda: len(backend.registry) == 100)
     for stream in streams:
         await stream.aclose()
-    await until(lambda: len(backend.watches) == 0 and api.server.connection_count == 0)
+    await until(lambda: len(backend.registry) == 0 and api.server.connection_count == 0)
