@@ -6,7 +6,8 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 import httpx
 import trio
 
-from agent.check_runs import CheckResult, http_method, reason_of
+from agent.check_runs import CheckResult, http_method
+from agent.reasons import reason_of
 from mesh.model.check import CheckDefinition
 
 OUTPUT_BYTES = 4096  # of a response's body that is read and shown

@@ -1,13 +1,10 @@
 """What the runs of every type of check share, and the tcp check."""
 
-import os
-import socket
-import ssl
-
 import msgspec
 import trio
 
 from agent.addresses import split_address
+from agent.reasons import reason_of
 from mesh.model.check import CheckDefinition, CheckStatus
 
 
@@ -33,16 +30,3 @@ async def run_tcp(address: str) -> CheckResult:
         return CheckResult("critical", f"TCP connect {address}: {reason_of(error)}")
     await trio.aclose_forcefully(stream)
     return CheckResult("passing", f"TCP connect {address}: Success")
-
-
-def reason_of(error: BaseException) -> str:
-    """What the system said, without a library's wrapping of several attempts."""
-    if isinstance(error, OSError) and isinstance(error.__cause__, BaseExceptionGroup):
-        return "; ".join(dict.fromkeys(reason_of(inner) for inner in error.__cause__.exceptions))
-    if isinstance(error, OSError) and isinstance(error.__cause__, OSError):
-        return reason_of(error.__cause__)
-    if isinstance(error, socket.gaierror | ssl.SSLError):
-        return error.strerror or str(error)
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    return str(error) or type(error).__name__

@@ -11,9 +11,10 @@ from collections.abc import Awaitable, Callable
 import trio
 from msgspec.structs import replace
 
+from agent.addresses import join_address
 from agent.ca_duties import CertificateAuthority
 from agent.leadership import Leadership
-from agent.membership import ServerList, ServerMember, join_address, parse_server
+from agent.membership import ServerList, ServerMember, parse_server
 from agent.raft_driver import RaftDriver
 from agent.server import ServerBackend
 from mesh.errors import MeshError, NotLeader, OutcomeUnknown, Refused

@@ -6,6 +6,7 @@ import ssl
 import trio
 
 from agent.addresses import Address, join_address
+from agent.reasons import reason_of
 from agent.rpc_frames import PREFACE_BYTES, Purpose, close_quietly, parse_preface, preface, receive_exactly
 from mesh.errors import MeshError, ProtocolError, Unreachable
 
@@ -44,7 +45,8 @@ async def open_connection(
     except (OSError, trio.TooSlowError, trio.BrokenResourceError, ssl.SSLError, MeshError) as error:
         if stream is not None:
             await close_quietly(stream)
-        reason = "no answer in time" if isinstance(error, trio.TooSlowError) else str(error.__cause__ or error)
+        cause = error if isinstance(error, OSError) else error.__cause__ or error
+        reason = "no answer in time" if isinstance(error, trio.TooSlowError) else reason_of(cause)
         raise Unreachable(f"no RPC connection to {join_address(address)}: {reason}") from error
     except BaseException:
         if stream is not None:

@@ -1,5 +1,6 @@
 """Calls between agents: multiplexing, cancellation, typed errors, and what bad or vanished peers can do (nothing)."""
 
+import contextlib
 import random
 import socket
 import ssl
@@ -381,6 +382,25 @@ async def test_a_client_that_reads_nothing_is_closed_and_its_answers_freed(autoj
         await stream.aclose()
 
 
+async def test_unfinished_frames_of_all_connections_together_are_capped(monkeypatch):
+    monkeypatch.setattr(rpc_server, "UNFINISHED_BYTES_MAX", 1_000_000)
+    async with running() as (_service, server, pool, address):
+        streams = []
+        for number in range(4):
+            stream = await trio.open_tcp_stream(*address)
+            streams.append(stream)
+            purpose = (Purpose.CALLS, Purpose.RAFT)[number % 2]
+            start = b"" if purpose is Purpose.CALLS else message_frame(Hello("s9"))
+            with contextlib.suppress(trio.BrokenResourceError):
+                await stream.send_all(preface(purpose) + start + frame(bytes(8_000_000))[:500_000])
+        await until(lambda: server.counters["connections_malformed"] == 2)
+        assert await pool.call(address, b"echo small", timeout_s=5) == b"small"
+        for stream in streams:
+            await stream.aclose()
+        await until(lambda: server.connection_count == 1)
+        assert await pool.call(address, b"echo " + bytes(900_000), timeout_s=5) == bytes(900_000)  # all given back
+
+
 async def test_connections_from_one_address_are_capped():
     async with running(connections_per_ip_max=3) as (_, server, pool, address):
         streams = [await trio.open_tcp_stream(*address) for _ in range(3)]
@@ -407,6 +427,20 @@ async def test_open_calls_on_one_connection_are_capped(monkeypatch):
         assert service.waiting == 10
         await stream.aclose()
         assert await pool.call(address, b"echo x", timeout_s=5) == b"x"
+
+
+async def test_a_server_that_is_away_is_not_dialled_again_at_once():
+    pool = RpcPool(random.Random(1))
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # nobody else's, and nobody listens
+        address = held.getsockname()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(pool.run)
+            with pytest.raises(Unreachable, match="Connection refused"):
+                await pool.call(address, b"echo x", timeout_s=5)
+            with pytest.raises(Unreachable, match="the last attempt just failed"):
+                await pool.call(address, b"echo x", timeout_s=5)
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_flood_of_pings_does_not_starve_other_connections():
