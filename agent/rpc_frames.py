@@ -174,6 +174,20 @@ class FrameDecoder:
         return payload
 
 
+class UnfinishedBytes:
+    """What the unfinished frames of many connections hold together: each may be of megabytes, and need never end."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self.total = 0
+
+    def change(self, difference: int) -> None:
+        """Counts. Raises ProtocolError when there is too much now."""
+        self.total += difference
+        if difference > 0 and self.total > self._bytes_max:
+            raise ProtocolError(f"unfinished frames hold more than {self._bytes_max} bytes already")
+
+
 class FrameStream:
     """Frames over one byte stream, every wait with a deadline. One task reads; any task may write.
 
@@ -187,9 +201,14 @@ class FrameStream:
         frame_bytes_max: int,
         buffered_bytes_max: int,
         received: bytes = b"",
+        unfinished: UnfinishedBytes | None = None,
     ) -> None:
-        """`buffered_bytes_max`: writers wait (or are refused) while more than this waits to be sent."""
+        """`buffered_bytes_max`: writers wait (or are refused) while more than this waits to be sent. `unfinished`:
+        where the bytes of unfinished frames are counted, until `release`.
+        """
         self._stream = stream
+        self._unfinished = unfinished
+        self._counted_bytes = 0
         self._decoder = FrameDecoder(frame_bytes_max)
         self._decoder.feed(received)
         self._outgoing = bytearray()
@@ -209,6 +228,8 @@ class FrameStream:
         while True:
             payload = self._decoder.next_frame()
             if payload is not None:
+                if self._counted_bytes:
+                    self._count_unfinished()
                 self._frames_this_turn += 1
                 if self._frames_this_turn >= _FRAMES_PER_TURN:
                     self._frames_this_turn = 0
@@ -227,6 +248,20 @@ class FrameStream:
             if not self._decoder.buffered_bytes:
                 started_at = trio.current_time()
             self._decoder.feed(data)
+            self._count_unfinished()
+
+    def _count_unfinished(self) -> None:
+        if self._unfinished is not None:
+            # What any connection may hold does not count: small calls go on, however much large ones hold.
+            difference = max(0, self._decoder.buffered_bytes - _READ_BYTES) - self._counted_bytes
+            self._counted_bytes += difference
+            self._unfinished.change(difference)
+
+    def release(self) -> None:
+        """The connection is over: what it holds no longer counts."""
+        if self._unfinished is not None:
+            self._unfinished.change(-self._counted_bytes)
+            self._counted_bytes = 0
 
     async def _receive(self, deadline: float, bytes_max: int) -> bytes | bytearray:
         self._frames_this_turn = 0

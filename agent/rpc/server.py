@@ -27,6 +27,7 @@ from agent.rpc_frames import (
     Pong,
     Purpose,
     Reply,
+    UnfinishedBytes,
     close_quietly,
     message_frame,
     parse_preface,
@@ -45,6 +46,7 @@ DESCRIPTOR_SHARE = 4  # at most a quarter of the process's descriptors: the rest
 DRAIN_POLL_S = 0.02
 SERVER_IDLE_MAX_S = 60.0  # clients ping every 5 s, so this silence means that nobody is there
 ANSWERS_BUFFERED_BYTES_MAX = 1024 * 1024
+UNFINISHED_BYTES_MAX = 128 * 1024 * 1024  # of frames that have not ended, all connections together
 
 
 class RpcServer:
@@ -69,6 +71,7 @@ class RpcServer:
         self._connections: Counter[str] = Counter()
         self._callers: set[_ServerConnection] = set()
         self._is_draining = False
+        self._unfinished = UnfinishedBytes(UNFINISHED_BYTES_MAX)
         self._repeats = RepeatedLog(_LOG)
         self.counters: Counter[str] = Counter()
 
@@ -137,13 +140,20 @@ class RpcServer:
             await self._serve_calls(stream, peer)
 
     async def _serve_calls(self, stream: trio.abc.Stream, peer: str) -> None:
-        connection = _ServerConnection(stream, self._handler, self.counters, peer)
+        frames = FrameStream(
+            stream,
+            frame_bytes_max=CALL_BYTES_MAX,
+            buffered_bytes_max=ANSWERS_BUFFERED_BYTES_MAX,
+            unfinished=self._unfinished,
+        )
+        connection = _ServerConnection(frames, self._handler, self.counters, peer)
         connection.is_draining = self._is_draining
         self._callers.add(connection)
         try:
             await connection.run()
         finally:
             self._callers.discard(connection)
+            frames.release()
 
     async def drain(self, timeout_s: float) -> None:
         """Refuses new calls, so that their callers go elsewhere, and lets those in progress end, `timeout_s` at most.
@@ -161,7 +171,13 @@ class RpcServer:
         await trio.sleep(DRAIN_POLL_S)  # for the last answers to reach the kernel
 
     async def _serve_raft(self, stream: trio.abc.Stream) -> None:
-        frames = FrameStream(stream, frame_bytes_max=RAFT_BYTES_MAX, buffered_bytes_max=0)
+        frames = FrameStream(stream, frame_bytes_max=RAFT_BYTES_MAX, buffered_bytes_max=0, unfinished=self._unfinished)
+        try:
+            await self._take_raft_messages(frames)
+        finally:
+            frames.release()
+
+    async def _take_raft_messages(self, frames: FrameStream) -> None:
         first = await frames.read(idle_s=HANDSHAKE_DEADLINE_S)
         if first is None:
             return
@@ -176,10 +192,8 @@ class RpcServer:
 class _ServerConnection:
     """One client's calls, each a task that ends when the client cancels it or goes away."""
 
-    def __init__(self, stream: trio.abc.Stream, handler: Handler, counters: Counter[str], peer: str) -> None:
-        self._frames = FrameStream(
-            stream, frame_bytes_max=CALL_BYTES_MAX, buffered_bytes_max=ANSWERS_BUFFERED_BYTES_MAX
-        )
+    def __init__(self, frames: FrameStream, handler: Handler, counters: Counter[str], peer: str) -> None:
+        self._frames = frames
         self._handler = handler
         self._counters = counters
         self._peer = peer
