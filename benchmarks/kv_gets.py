@@ -23,9 +23,7 @@ def main() -> None:
     best: dict[str, Result] = {}
     with tempfile.TemporaryDirectory(prefix="mesh-bench-") as name:
         folder = Path(name)
-        print(
-            f"KV gets at the leader of 3 servers, {CONNECTIONS} connections, {len(VALUE)}-byte value"
-        )
+        print(f"KV gets at the leader of 3 servers, {CONNECTIONS} connections, {len(VALUE)}-byte value")
         print(f"{'':12}{'gets/s':>10}{'p50 ms':>10}{'p99 ms':>10}{'failed':>10}")
         with mesh_servers(folder) as urls:
             fetch(f"{urls[0]}/v1/kv/bench/key", method="PUT", body=VALUE)
