@@ -401,25 +401,6 @@ async def test_unfinished_frames_of_all_connections_together_are_capped(monkeypa
         assert await pool.call(address, b"echo " + bytes(900_000), timeout_s=5) == bytes(900_000)  # all given back
 
 
-async def test_unfinished_frames_of_all_connections_together_are_capped(monkeypatch):
-    monkeypatch.setattr(rpc_server, "UNFINISHED_BYTES_MAX", 1_000_000)
-    async with running() as (_service, server, pool, address):
-        streams = []
-        for number in range(4):
-            stream = await trio.open_tcp_stream(*address)
-            streams.append(stream)
-            purpose = (Purpose.CALLS, Purpose.RAFT)[number % 2]
-            start = b"" if purpose is Purpose.CALLS else message_frame(Hello("s9"))
-            with contextlib.suppress(trio.BrokenResourceError):
-                await stream.send_all(preface(purpose) + start + frame(bytes(8_000_000))[:500_000])
-        await until(lambda: server.counters["connections_malformed"] == 2)
-        assert await pool.call(address, b"echo small", timeout_s=5) == b"small"
-        for stream in streams:
-            await stream.aclose()
-        await until(lambda: server.connection_count == 1)
-        assert await pool.call(address, b"echo " + bytes(900_000), timeout_s=5) == bytes(900_000)  # all given back
-
-
 async def test_connections_from_one_address_are_capped():
     async with running(connections_per_ip_max=3) as (_, server, pool, address):
         streams = [await trio.open_tcp_stream(*address) for _ in range(3)]
