@@ -46,7 +46,7 @@ DESCRIPTOR_SHARE = 4  # at most a quarter of the process's descriptors: the rest
 DRAIN_POLL_S = 0.02
 SERVER_IDLE_MAX_S = 60.0  # clients ping every 5 s, so this silence means that nobody is there
 ANSWERS_BUFFERED_BYTES_MAX = 1024 * 1024
-UNFINISHED_BYTES_MAX = 128 * 1024 * 1024  # of frames that have not ended, all connections together
+UNFINISHED_BYTES_MAX = 64 * 1024 * 1024  # of frames that have not ended, all connections together
 
 
 class RpcServer:
