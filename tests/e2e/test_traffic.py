@@ -141,12 +141,24 @@ def test_with_all_servers_dead_sidecars_serve_on_and_new_connections_too(world, 
     assert {get(world.web.address, TO_API)[0] for _ in range(20)} == {200}
     assert new_stream_works(world)
     assert echoes(stream)
+    # Nor does an agent that starts knowing nothing, with nobody to ask, take anything from its worker.
+    worker = world.web.worker_pid()
+    world.web.kill()
+    world.web.start()
+    wait_until(lambda: world.web.get("/v1/agent/services"))
+    load.wait(600)  # longer than it would take the agent to act on what it does not know
+    assert new_stream_works(world)
+    assert world.web.worker_pid() == worker
+    # An agent that does know gives a new worker what the last one had, without the servers.
+    world.cluster.clients[1].kill_worker()
+    load.wait(200)
+    world.wait_instances("c1", "c2")
+    wait_until(lambda: _tries(new_stream_works, world))
     for server in world.cluster.servers:
         server.start()
     world.cluster.wait_ready()
     load.wait(100)
     assert load.failures == []
-    assert echoes(stream)
     world.cluster.servers[1].intend("web", "api", "deny")
     wait_until(lambda: world.ask()[0] == 403)
     assert world.web.request("DELETE", "/v1/connect/intentions/exact?source=web&destination=api")[0] == 200
