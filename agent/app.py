@@ -10,6 +10,7 @@ from pathlib import Path
 
 import trio
 
+from agent.addresses import join_address
 from agent.backend import Backend
 from agent.cluster import ClientCluster, ServerCluster, open_server
 from agent.config import PORT_OFF, AgentConfig, node_id, prepare_data_dir
@@ -29,7 +30,6 @@ from agent.http.server import HttpServer, TcpListen, UnixListen
 from agent.http.status import StatusApi
 from agent.join import KnownPeers, join_at_start, retry_join, without_own
 from agent.logs import LineWriter, logging_to_stdout
-from agent.membership import join_address
 from agent.process import locked_data_dir, notify_systemd, raise_descriptor_limit, stop_signals
 from agent.runtime import Runtime
 from agent.telemetry import MergedMetrics, Metrics

@@ -13,7 +13,7 @@ from agent.addresses import join_address
 from agent.membership import ServerList, ServerMember
 from agent.raft_driver import RaftDriver
 from agent.rpc import RpcPool
-from agent.rpc_calls import BOOTSTRAP_ANSWERS, CALLS, BootstrapAnswer, BootstrapCall
+from agent.rpc.calls import BOOTSTRAP_ANSWERS, CALLS, BootstrapAnswer, BootstrapCall
 from mesh.errors import MeshError
 
 _LOG = logging.getLogger("mesh.server")

@@ -9,7 +9,7 @@ from agent.addresses import join_address
 from agent.backoff import backoff_s
 from agent.membership import ServerList, ServerMember
 from agent.rpc import RpcPool
-from agent.rpc_calls import (
+from agent.rpc.calls import (
     CALLS,
     LEAF_ANSWERS,
     STATUS_ANSWERS,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import trio
 
+from agent.addresses import join_address
 from agent.bootstrap import Bootstrapper
 from agent.ca_duties import CertificateAuthority
 from agent.client import ClientBackend
@@ -20,7 +21,7 @@ from agent.config import AgentConfig
 from agent.gossip_driver import GossipDriver
 from agent.leader import CatalogReconciler, LeaderDuties, VoterReconciler, commit_or_log
 from agent.leadership import Leadership
-from agent.membership import ServerList, client_tags, join_address, parse_server, server_tags
+from agent.membership import ServerList, client_tags, parse_server, server_tags
 from agent.raft_driver import RaftDriver
 from agent.raft_store import MemoryRaftStore, RaftStore, SqliteRaftStore
 from agent.raft_transport import RaftTransport

@@ -8,7 +8,7 @@ from typing import NoReturn
 import trio
 
 from agent.backend import Backend
-from agent.backoff import backoff_s as backoff_s
+from agent.backoff import backoff_s
 from mesh.errors import MeshError, NoLeader
 from mesh.model.query import Answer, AnswerT, Asks, ReadOptions
 

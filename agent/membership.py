@@ -7,8 +7,6 @@ import msgspec
 import trio
 
 from agent.addresses import Address
-from agent.addresses import join_address as join_address
-from agent.addresses import split_address as split_address
 from mesh.gossip.events import GossipEvent, MemberFailed, MemberJoined, MemberLeft, MemberReaped, MemberUpdated
 from mesh.gossip.members import Member
 from mesh.names import is_node_name

@@ -11,7 +11,7 @@ import trio
 from agent.addresses import Address
 from agent.backoff import backoff_s
 from agent.rpc.connection import RECONNECT_S_MAX, RECONNECT_S_MIN, open_connection
-from agent.rpc_frames import Hello, Purpose, close_quietly, frame, message_frame, send_all
+from agent.rpc.frames import Hello, Purpose, close_quietly, frame, message_frame, send_all
 from mesh.errors import Unreachable
 
 _LOG = logging.getLogger("mesh.raft")

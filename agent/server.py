@@ -7,11 +7,12 @@ from typing import cast
 
 import trio
 
+from agent.addresses import join_address, split_address
 from agent.leadership import Leadership
-from agent.membership import ServerList, join_address, split_address
+from agent.membership import ServerList
 from agent.raft_driver import RaftDriver
 from agent.rpc import Address, RpcPool
-from agent.rpc_calls import (
+from agent.rpc.calls import (
     BOOTSTRAP_ANSWERS,
     CALLS,
     LEAF_ANSWERS,

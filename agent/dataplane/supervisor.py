@@ -15,10 +15,10 @@ from pathlib import Path
 import trio
 from msgspec.structs import replace
 
+from agent.backoff import backoff_s
 from agent.dataplane.control import Ack, Configure, Drain, Nack, Ping, Pong, Stats, StatsReply
 from agent.dataplane.control_client import ControlClient, connect
 from agent.dataplane.worker_process import WorkerDirectory, start_worker
-from agent.follow import backoff_s
 from agent.runtime import Runtime
 from agent.version import VERSION
 from mesh.errors import ProtocolError, Refused, Unreachable

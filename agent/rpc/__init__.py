@@ -1,7 +1,8 @@
 """Calls between agents on the server port: multiplexed, cancellable, every wait with a deadline.
 
 `RpcServer` answers calls and takes Raft messages in; `RpcPool` keeps one connection per server and calls over it;
-`agent.raft_transport` sends Raft messages. None of them knows what the payloads mean.
+`agent.raft_transport` sends Raft messages. `frames` is the wire; `calls` is what agents ask of servers, and the only
+module here that knows what a payload means.
 """
 
 from agent.addresses import Address

@@ -7,7 +7,7 @@ import trio
 
 from agent.addresses import Address, join_address
 from agent.reasons import reason_of
-from agent.rpc_frames import PREFACE_BYTES, Purpose, close_quietly, parse_preface, preface, receive_exactly
+from agent.rpc.frames import PREFACE_BYTES, Purpose, close_quietly, parse_preface, preface, receive_exactly
 from mesh.errors import MeshError, ProtocolError, Unreachable
 
 CONNECT_DEADLINE_S = 5.0

@@ -1,6 +1,6 @@
 """Errors as they cross the wire."""
 
-from agent.rpc_frames import Failure
+from agent.rpc.frames import Failure
 from mesh import errors
 from mesh.errors import MeshError, NotLeader
 

@@ -11,7 +11,7 @@ from agent.addresses import Address, join_address
 from agent.backoff import backoff_s
 from agent.rpc.connection import IN_FLIGHT_MAX, RECONNECT_S_MAX, RECONNECT_S_MIN, leaves_of, open_connection
 from agent.rpc.failures import failure_to_error
-from agent.rpc_frames import (
+from agent.rpc.frames import (
     ANSWER_BYTES_MAX,
     SERVER_MESSAGES,
     Call,

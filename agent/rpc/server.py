@@ -12,7 +12,7 @@ import trio
 from agent.repeats import RepeatedLog
 from agent.rpc.connection import IN_FLIGHT_MAX, leaves_of, tune_socket
 from agent.rpc.failures import error_to_failure
-from agent.rpc_frames import (
+from agent.rpc.frames import (
     CALL_BYTES_MAX,
     CLIENT_MESSAGES,
     HELLO,

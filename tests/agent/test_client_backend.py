@@ -11,7 +11,7 @@ from clusters import three_servers, until
 from agent.client import ClientBackend
 from agent.membership import ServerList, parse_server
 from agent.rpc import RpcPool, RpcServer
-from agent.rpc_calls import CALLS, ApplyCall, encode_answer
+from agent.rpc.calls import CALLS, ApplyCall, encode_answer
 from agent.telemetry import Metrics
 from mesh.errors import LimitExceeded, NoLeader, OutcomeUnknown, Unreachable
 from mesh.gossip.events import MemberFailed, MemberJoined, MemberLeft, MemberReaped

@@ -20,7 +20,7 @@ from agent.raft_transport import QUEUED_MESSAGES_MAX, RaftTransport
 from agent.rpc import RpcPool, RpcServer
 from agent.rpc import pool as rpc_pool
 from agent.rpc import server as rpc_server
-from agent.rpc_frames import (
+from agent.rpc.frames import (
     CALL_BYTES_MAX,
     CLIENT_MESSAGES,
     MAGIC,

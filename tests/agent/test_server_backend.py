@@ -4,7 +4,7 @@ import pytest
 import trio
 from clusters import three_servers, until, world
 
-from agent.rpc_calls import CALLS, ApplyCall
+from agent.rpc.calls import CALLS, ApplyCall
 from mesh.errors import NoLeader, Refused
 from mesh.model.command import Applied, CaRootsSet, KvSet, TombstonesReap
 from mesh.model.query import GetKv, ListKv, ReadOptions

@@ -22,7 +22,7 @@ from processes import HTTP_PORT, RPC_PORT, SERF_PORT, loopback_address, rss_mib,
 from agent.dataplane.control import Ping as WorkerPing
 from agent.dataplane.control import frame as control_frame
 from agent.dataplane.worker_process import WorkerDirectory
-from agent.rpc_frames import Call, Hello, Purpose, message_frame, preface
+from agent.rpc.frames import Call, Hello, Purpose, message_frame, preface
 
 pytestmark = pytest.mark.e2e
 
