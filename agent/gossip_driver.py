@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
@@ -46,6 +47,7 @@ logger = logging.getLogger("mesh.gossip")
 
 # Streams open at once, in each direction: memberlist's own cap on concurrent push-pulls.
 INBOUND_STREAMS_MAX = 128
+INBOUND_STREAMS_PER_HOST_MAX = 32  # or one host that stalls them all would keep everybody else out
 OUTBOUND_STREAMS_MAX = 32
 # Packets read before other tasks get a turn.
 _DATAGRAM_BATCH = 64
@@ -95,6 +97,7 @@ class GossipDriver:
         self._left = trio.Event()
         self._told: dict[int, trio.Event] = {}
         self._inbound = 0
+        self._inbound_from: Counter[str] = Counter()
         self._outbound = 0
         self._streams = GossipStreams(lambda: self._node.stream_decoder())
         self._repeats = RepeatedLog(logger)
@@ -379,15 +382,19 @@ class GossipDriver:
                 self._log("accept-failed", f"accepting a gossip stream: {error}; retrying")
                 await trio.sleep(_ACCEPT_RETRY_S)
                 continue
-            if self._inbound >= INBOUND_STREAMS_MAX:
+            host = source[0]
+            if self._inbound >= INBOUND_STREAMS_MAX or self._inbound_from[host] >= INBOUND_STREAMS_PER_HOST_MAX:
                 self._node.counters["stream-limit"] += 1
                 self._log(
-                    "stream-limit", f"more than {INBOUND_STREAMS_MAX} gossip streams: one from {source[0]} closed"
+                    "stream-limit",
+                    f"a gossip stream from {host} closed: {self._inbound_from[host]} are open from there, "
+                    f"{self._inbound} in all",
                 )
                 connection.close()
                 continue
             self._inbound += 1
-            listener_nursery.start_soon(self._serve_stream, connection, source[0])
+            self._inbound_from[host] += 1
+            listener_nursery.start_soon(self._serve_stream, connection, host)
 
     async def _serve_stream(self, connection: trio.socket.SocketType, host: str) -> None:
         try:
@@ -401,6 +408,9 @@ class GossipDriver:
             logger.debug("gossip stream from %s broke: %s", host, error)
         finally:
             self._inbound -= 1
+            self._inbound_from[host] -= 1
+            if not self._inbound_from[host]:
+                del self._inbound_from[host]
 
     async def _answer(self, stream: trio.SocketStream, host: str) -> None:
         try:

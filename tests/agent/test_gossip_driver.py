@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from agent.gossip_driver import INBOUND_STREAMS_MAX, GossipDriver
+from agent.gossip_driver import INBOUND_STREAMS_MAX, INBOUND_STREAMS_PER_HOST_MAX, GossipDriver
 from mesh.errors import ConfigError, LimitExceeded, Unreachable
 from mesh.gossip.config import LAN
 from mesh.gossip.events import MemberFailed, MemberJoined, MemberLeft, MemberReaped, MemberUpdated
@@ -288,7 +288,12 @@ async def test_stream_reset_at_any_byte_leaves_the_driver_well(clock):
 
 async def test_connections_above_the_limit_are_closed_and_the_rest_served(clock):
     async with running(make("a")) as (a,):
-        held = [await trio.open_tcp_stream(*a.address) for _ in range(INBOUND_STREAMS_MAX)]
+        held = [
+            await trio.open_tcp_stream(
+                *a.address, local_address=f"127.0.0.{2 + number // INBOUND_STREAMS_PER_HOST_MAX}"
+            )
+            for number in range(INBOUND_STREAMS_MAX)
+        ]
         await wait_until(lambda: a._inbound == INBOUND_STREAMS_MAX, limit_s=5)
         async with await trio.open_tcp_stream(*a.address) as extra:
             assert await extra.receive_some() == b""
@@ -299,6 +304,22 @@ async def test_connections_above_the_limit_are_closed_and_the_rest_served(clock)
         async with await trio.open_tcp_stream(*a.address) as stream:
             await stream.send_all(encode_stream(Ping(1, "a"), keyring=None, label=""))
             assert await read_reply(stream) == Ack(1)
+
+
+async def test_one_host_that_stalls_its_streams_keeps_nobody_else_out(clock):
+    async with running(make("a")) as (a,):
+        held = [
+            await trio.open_tcp_stream(*a.address, local_address="127.0.0.2")
+            for _ in range(INBOUND_STREAMS_PER_HOST_MAX + 1)
+        ]
+        assert await held[-1].receive_some() == b""
+        async with await trio.open_tcp_stream(*a.address) as stream:
+            await stream.send_all(encode_stream(Ping(1, "a"), keyring=None, label=""))
+            assert await read_reply(stream) == Ack(1)
+        for stream in held:
+            await stream.aclose()
+        await wait_until(lambda: a._inbound == 0)
+        assert not a._inbound_from
 
 
 async def test_unfinished_streams_together_hold_bounded_memory(clock, monkeypatch):
