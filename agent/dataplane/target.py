@@ -264,6 +264,12 @@ class Endpoint:
 
     def carry(self, exchange: Exchange) -> bool:
         """Finds or opens a channel for the exchange, or lets it wait. False: the limits do not allow it."""
+        # Whoever closed the connection of the first attempt may have closed the idle ones with it, and this one attempt
+        # is all that is left: a new connection tells, if the limit leaves room.
+        if exchange.resets and self.pool.idle and self.pool.admit() == "open":
+            self._occupy(exchange)
+            self._open(exchange)
+            return True
         channel = self.pool.take_idle()
         if channel is not None:
             self._occupy(exchange)

@@ -1,5 +1,7 @@
 """HTTP through two sidecars of a real worker; the test plays the client and the application."""
 
+import os
+import signal
 import threading
 import time
 
@@ -337,6 +339,29 @@ def test_connection_closed_before_the_response_is_503_for_post_and_retried_once_
     head, body = client.read_message()
     assert head.startswith(b"HTTP/1.1 503 ")
     assert body.endswith(b"reset reason: connection termination")
+
+
+def test_a_retry_does_not_take_another_connection_that_was_closed_with_the_first(pair):
+    hops = pair.hops()
+    clients = [hops.client(), hops.client()]
+    apps = []
+    for client in clients:  # both at once, so that each has a connection to the application
+        client.send(GET)
+        apps.append(hops.app())
+    for client, app in zip(clients, apps, strict=True):
+        app.read_message()
+        app.send(OK)
+        client.read_message()
+    clients[1].send(GET)
+    apps[1].read_message()  # the connection used last is reused first
+    os.kill(pair.worker.pid, signal.SIGSTOP)
+    for app in reversed(apps):
+        app.close()
+    os.kill(pair.worker.pid, signal.SIGCONT)
+    again = hops.app()
+    again.read_message()
+    again.send(OK)
+    assert clients[1].read_message()[1] == b"ok"
 
 
 def test_denied_requests_get_403_and_a_flip_applies_to_the_next_request(pair):
