@@ -2,61 +2,31 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
 import pytest
+from processes import AgentProcess, wait_until
 
 pytestmark = pytest.mark.e2e
 
-_READY_TIMEOUT_S = 30.0
 _ROOT = Path(__file__).parents[2]
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The HTTP address of a dev agent."""
-    http, serf, rpc = _free_ports(3)
-    command = [sys.executable, "-m", "agent", "agent", "-dev", "-node=dev", "-grpc-port=-1", "-dns-port=-1"]
-    command += [f"-http-port={http}", f"-serf-lan-port={serf}", f"-server-port={rpc}"]
-    log_path = tmp_path_factory.mktemp("dev") / "agent.log"
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=_ROOT)
+    agent = AgentProcess("dev", tmp_path_factory.mktemp("cli"), "-dev")
+    agent.start()
     try:
-        _wait_ready(f"http://127.0.0.1:{http}", process, log_path)
-        yield f"127.0.0.1:{http}"
+        wait_until(lambda: agent.get("/v1/catalog/nodes") not in (b"", b"[]"), why=agent.log.read_text)
+        yield f"{agent.address}:{agent.http}"
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=15)
-
-
-def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _READY_TIMEOUT_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        try:
-            if httpx.get(f"{url}/v1/catalog/nodes").json():
-                return
-        except (httpx.HTTPError, ValueError):
-            pass
-        time.sleep(0.05)
-    raise AssertionError(log.read_text())
+        agent.stop()
 
 
 @pytest.fixture
