@@ -57,6 +57,12 @@ def test_an_unknown_command_is_named_with_the_nearest_one() -> None:
     assert "there is no command 'membres'. Did you mean `mesh members`?" in result.output
 
 
+def test_a_flag_before_the_command_is_told_where_it_belongs() -> None:
+    result = CliRunner().invoke(cli, ["-http-addr", "x", "members"])
+    assert result.exit_code == 2
+    assert "`mesh members -http-addr ...`" in result.output
+
+
 def test_the_agent_takes_every_flag_of_the_configuration() -> None:
     assert isinstance(agent, GoCommand)
     taken = {name for param in agent.params for name in param.opts}
