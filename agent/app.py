@@ -32,6 +32,7 @@ from agent.join import KnownPeers, join_at_start, retry_join, without_own
 from agent.logs import LineWriter, logging_to_stdout
 from agent.process import locked_data_dir, notify_systemd, raise_descriptor_limit, stop_signals
 from agent.runtime import Runtime
+from agent.server import WAIT_JITTER
 from agent.telemetry import MergedMetrics, Metrics
 from agent.version import CONSUL_API_VERSION, VERSION
 from mesh.errors import ConfigError, MeshError
@@ -40,6 +41,7 @@ _LOG = logging.getLogger("mesh.agent")
 
 STOP_DEADLINE_S = 9.0  # from the first signal to the end, whatever does not answer
 HTTP_DRAIN_S = 1.0
+HANDLER_MARGIN_S = 80.0  # beyond the longest blocking query: the reads around it, and a leader to wait for
 WORKER_DRAIN_S = 3.0  # the agent waits no longer; the worker itself takes what it needs to finish
 _CONSUL_DNS_PORT = 8600
 _UNIX_PREFIX = "unix://"
@@ -250,7 +252,12 @@ class Agent:
     def _http_settings(self) -> HttpSettings:
         config = self._config
         return HttpSettings(
-            limits=HttpLimits(connections_per_client=config.limits.http_max_conns_per_client),
+            limits=HttpLimits(
+                connections_per_client=config.limits.http_max_conns_per_client,
+                handler_s=config.max_query_time_s * (1 + 1 / WAIT_JITTER) + HANDLER_MARGIN_S,
+            ),
+            wait_s_default=config.default_query_time_s,
+            wait_s_max=config.max_query_time_s,
             pretty=config.dev_mode,
             default_policy=config.default_intention_policy,
         )

@@ -75,6 +75,7 @@ def raft_config(config: AgentConfig) -> RaftConfig:
         lease_s=timing.lease_s,
         retransmit_s=timing.election_timeout_s / 2,
         snapshot_entries=timing.snapshot_threshold,
+        snapshot_interval_s=timing.snapshot_interval_s,
         trailing_entries=timing.trailing_logs,
     )
 

@@ -59,7 +59,6 @@ KEYS: dict[str, Key] = {
     "node_id": Key("text", "node_id"),
     "node_meta": Key("text_map", "node_meta"),
     "node_name": Key("text", "node_name"),
-    "performance.leave_drain_time": Key("duration", "performance.leave_drain_time_s"),
     "performance.raft_multiplier": Key("integer", "performance.raft_multiplier", 1, 10),
     "performance.rpc_hold_timeout": Key("duration", "performance.rpc_hold_timeout_s"),
     "ports.dns": _port("dns"),
@@ -108,7 +107,8 @@ encrypt_verify_outgoing experiments gossip_wan http_config key_file license_path
 limits.https_handshake_timeout limits.request_limits limits.rpc_burst limits.rpc_client_timeout
 limits.rpc_handshake_timeout limits.rpc_max_burst limits.rpc_rate limits.txn_max_req_len limits.write_max locality
 log_file log_rotate_bytes log_rotate_duration log_rotate_max_files partition peering
-performance.enable_xds_load_balancing performance.grpc_keepalive_interval performance.grpc_keepalive_timeout pid_file
+performance.enable_xds_load_balancing performance.grpc_keepalive_interval performance.grpc_keepalive_timeout
+performance.leave_drain_time pid_file
 ports.expose_max_port ports.expose_min_port ports.proxy_max_port ports.proxy_min_port primary_datacenter
 primary_gateways primary_gateways_interval protocol raft_logstore raft_protocol read_replica reconnect_timeout_wan
 recursors rejoin_after_leave reporting retry_interval_wan retry_join_wan retry_max_wan rpc segment segments

@@ -61,7 +61,6 @@ class RaftSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 class Performance(msgspec.Struct, frozen=True, kw_only=True):
     raft_multiplier: int = 1  # Consul: 5, for small cloud machines; a new leader within seconds is worth the traffic
-    leave_drain_time_s: float = 5.0
     rpc_hold_timeout_s: float = 7.0
 
 

@@ -188,3 +188,15 @@ def test_writes_survive_sigkill_and_restart(agents):
     server.start()
     server.wait_ready()
     assert server.get("/v1/kv/a?raw") == b"kept"
+
+
+def test_a_blocking_query_waits_no_longer_than_the_configuration_allows(tmp_path):
+    agent = AgentProcess("dev", tmp_path, "-dev", settings={"default_query_time": "100ms", "max_query_time": "200ms"})
+    agent.start()
+    try:
+        agent.wait_ready()
+        # Far below what Consul waits by itself (5 min); the client gives up after 20 s.
+        for wait in ("", "&wait=10m"):
+            assert agent.request("GET", f"/v1/catalog/nodes?index=1000000{wait}")[0] == 200
+    finally:
+        agent.kill()

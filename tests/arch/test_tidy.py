@@ -60,3 +60,20 @@ def test_start_up_imports_only_what_it_needs(module: str, unwanted: set[str]) ->
     code = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert not unwanted & set(loaded.split())
+
+
+# The loader itself spends the multiplier. The port is accepted for Consul's files; there is nothing behind it yet.
+_SETTINGS_READ_BY_NOBODY_ELSE = {"raft_multiplier", "grpc_tls"}
+
+
+def test_every_setting_has_an_effect() -> None:
+    values = ast.parse((ROOT / "agent/config/values.py").read_text())
+    fields = [field for each in values.body if isinstance(each, ast.ClassDef) for field in each.body]
+    settings = {
+        field.target.id for field in fields if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    }
+    readers = [path for path in SOURCES if _name(path).startswith("agent/") and "agent/config" not in _name(path)]
+    readers.append(ROOT / "agent/config/values.py")  # what its own methods hand out
+    nodes = [node for path in readers for node in ast.walk(ast.parse(path.read_text()))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    assert settings - read == _SETTINGS_READ_BY_NOBODY_ELSE
