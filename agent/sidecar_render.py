@@ -18,11 +18,11 @@ from mesh.proxy.sidecar_config import (
     AccessLogConfig,
     EndpointConfig,
     InboundListener,
-    L4Rule,
     LimitsConfig,
     OutboundListener,
     SidecarConfig,
     SidecarProtocol,
+    SourceRule,
     TargetConfig,
 )
 
@@ -119,10 +119,10 @@ def _inbound(facts: SidecarFacts, proxy: Proxy, warnings: list[str]) -> InboundL
     )
 
 
-def _rule(intention: Intention) -> L4Rule:
+def _rule(intention: Intention) -> SourceRule:
     """A rule that needs requests to be looked at cannot be decided per connection; it refuses, as Consul's L4 does."""
     allowed = intention.action == "allow" and not intention.permissions
-    return L4Rule(intention.source, "allow" if allowed else "deny")
+    return SourceRule(intention.source, "allow" if allowed else "deny")
 
 
 # -- outbound

@@ -15,7 +15,7 @@ from mesh.authz import L4Policy
 from mesh.ca.svid import Svid
 from mesh.errors import InvalidIdentity
 from mesh.proxy.pool import LOCAL_IDLE_TIMEOUT_S
-from mesh.proxy.sidecar_config import EndpointConfig, InboundListener, L4Rule, LimitsConfig
+from mesh.proxy.sidecar_config import EndpointConfig, InboundListener, LimitsConfig, SourceRule
 
 _LOG = logging.getLogger("mesh.dataplane")
 
@@ -28,10 +28,10 @@ class Authorizer:
     """The L4 rules of one listener, as they stand now."""
 
     def __init__(self) -> None:
-        self._key: tuple[tuple[L4Rule, ...], bool] = ((), False)
+        self._key: tuple[tuple[SourceRule, ...], bool] = ((), False)
         self._policy = L4Policy((), default_allow=False)
 
-    def update(self, rules: tuple[L4Rule, ...], *, default_allow: bool) -> bool:
+    def update(self, rules: tuple[SourceRule, ...], *, default_allow: bool) -> bool:
         """Takes new rules; whether they differ from those before."""
         if (rules, default_allow) == self._key:
             return False

@@ -11,6 +11,17 @@ from typing import Literal
 import msgspec
 
 from mesh.errors import ConfigError
+from mesh.model.match import NamedMatch, PathMatch
+from mesh.traffic.policy import (
+    LoadBalancing,
+    OutlierDetection,
+    PoolPolicy,
+    Probation,
+    RateLimit,
+    RetryBudget,
+    RetryPolicy,
+)
+from mesh.traffic.route import RouteTable
 
 SidecarProtocol = Literal["tcp", "http"]
 
@@ -20,55 +31,97 @@ IDLE_TIMEOUT_S = 300.0  # no byte either way on an active exchange, Envoy's stre
 CONNECTIONS_MAX = 1024  # Envoy's circuit breaker defaults, per endpoint here
 PENDING_REQUESTS_MAX = 1024
 REQUESTS_MAX = 1024
+RETRIES_MAX = 3
 SIDECARS_MAX = 4096
 ENDPOINTS_MAX = 65536
 
 
-class L4Rule(msgspec.Struct, frozen=True):
-    """One intention as the callee's sidecar needs it: `source` is a service name or `*`."""
+class Permission(msgspec.Struct, frozen=True):
+    """One L7 permission of an intention: all that is given must hold of a request; the first that holds decides."""
+
+    action: Literal["allow", "deny"]
+    path: PathMatch | None = None
+    methods: tuple[str, ...] = ()
+    headers: tuple[NamedMatch, ...] = ()
+
+
+class SourceRule(msgspec.Struct, frozen=True):
+    """One intention as the callee's sidecar needs it: `source` is a service name or `*`.
+
+    `action` is None exactly when `permissions` decide. With `audit` its verdict is counted and logged, not enforced.
+    """
 
     source: str
-    action: Literal["allow", "deny"]
+    action: Literal["allow", "deny"] | None
+    permissions: tuple[Permission, ...] = ()
+    audit: bool = False
+    precedence: int = 9
 
 
 class EndpointConfig(msgspec.Struct, frozen=True):
-    """One address of a target. `id` is unique within the target and stable across updates (node/service id)."""
+    """One address of a target. `id` is unique within the target and stable across updates (node/service id).
+
+    `healthy` False: its checks fail; it is used only in panic. `locality` is `region/zone/subzone` or a prefix of it.
+    `metadata` is what subsets select by. Endpoints of priority N are used when those of N-1 are not healthy enough.
+    """
 
     id: str
     address: str
     port: int
     weight: int = 1
+    healthy: bool = True
+    priority: int = 0
+    locality: str = ""
+    metadata: tuple[tuple[str, str], ...] = ()
 
 
 class LimitsConfig(msgspec.Struct, frozen=True):
-    """Circuit breakers, counted per endpoint (connections) and per target (pending, requests)."""
+    """Circuit breakers, counted per endpoint (connections) and per target (pending, requests, retries)."""
 
     connections_max: int = CONNECTIONS_MAX
     pending_requests_max: int = PENDING_REQUESTS_MAX
     requests_max: int = REQUESTS_MAX
+    retries_max: int = RETRIES_MAX
 
 
 class TargetConfig(msgspec.Struct, frozen=True):
-    """Where an upstream resolves. `endpoints` holds passing instances only, addressed at their sidecars.
+    """Where requests can go. `endpoints` are addressed at their sidecars; `name` is unique within a listener.
 
-    A server is accepted only when its SPIFFE ID is one of `expected_spiffe_ids`. `name` is the service's name.
+    A server is accepted only when its SPIFFE ID is one of `expected_spiffe_ids`. `subset`: only endpoints whose
+    metadata has all of these are used. `plain`: no mTLS (a destination outside the mesh, or a callee in migration).
+    `outlier` and `probation` None: off. `retry` is for routes that say nothing about it; None: only what is always
+    safe (mesh/proxy/retry.py).
     """
 
     name: str
     expected_spiffe_ids: tuple[str, ...]
     endpoints: tuple[EndpointConfig, ...] = ()
+    service: str = ""  # the service's name, when it is not the target's
     datacenter: str = ""
     sni: str = ""
     connect_timeout_s: float = CONNECT_TIMEOUT_S
     request_timeout_s: float = REQUEST_TIMEOUT_S
     limits: LimitsConfig = LimitsConfig()
+    load_balancing: LoadBalancing = LoadBalancing()
+    subset: tuple[tuple[str, str], ...] = ()
+    outlier: OutlierDetection | None = None
+    probation: Probation | None = None
+    retry: RetryPolicy | None = None
+    retry_budget: RetryBudget | None = None
+    pool: PoolPolicy = PoolPolicy()
+    plain: bool = False
+
+
+MtlsMode = Literal["strict", "permissive"]
+ForwardClientCert = Literal["sanitize", "forward", "append_forward", "sanitize_set", "always_forward"]
 
 
 class InboundListener(msgspec.Struct, frozen=True):
     """The public, mTLS side of a sidecar: who may come in, and the local application behind it.
 
     `intentions` are the rules whose destination is this service, highest precedence first: the first whose source is
-    the caller's service or `*` decides; without one `default_allow` does.
+    the caller's service or `*` decides; without one `default_allow` does. `audit` evaluates without enforcing.
+    `permissive`: plain connections are taken too, from nobody in particular, and only rules for `*` can allow them.
     """
 
     bind_address: str
@@ -76,27 +129,43 @@ class InboundListener(msgspec.Struct, frozen=True):
     local_address: str
     local_port: int
     protocol: SidecarProtocol = "tcp"
-    intentions: tuple[L4Rule, ...] = ()
+    intentions: tuple[SourceRule, ...] = ()
     default_allow: bool = False
+    audit: bool = False
+    mtls: MtlsMode = "strict"
+    forward_client_cert: ForwardClientCert = "sanitize"
+    routes: RouteTable = RouteTable()  # their targets: `local_app` only
+    rate_limit: RateLimit | None = None
     connect_timeout_s: float = CONNECT_TIMEOUT_S
     request_timeout_s: float = 0.0  # the caller's sidecar bounds it
     connections_max: int = 8192
 
 
 class OutboundListener(msgspec.Struct, frozen=True):
-    """A plain listener on the application's side: what connects here reaches `target`."""
+    """A plain listener on the application's side: what connects here reaches `target`, or what `routes` (HTTP) say.
+
+    Routes name `target` or one of `targets`.
+    """
 
     bind_address: str
     bind_port: int
     target: TargetConfig
     protocol: SidecarProtocol = "tcp"
     connections_max: int = 8192
+    routes: RouteTable = RouteTable()
+    targets: tuple[TargetConfig, ...] = ()
+    rate_limit: RateLimit | None = None
 
 
 class AccessLogConfig(msgspec.Struct, frozen=True):
-    """Where access log lines (Envoy's default format) go: a path, `/dev/stdout`, or empty for none."""
+    """Where access log lines go: a path, `/dev/stdout`, `otlp`, or empty for none. Without a format: Envoy's default.
+
+    `text_format` holds operators such as `%REQ(:METHOD)%`; `json_format` a JSON object of such texts (see docs).
+    """
 
     path: str = ""
+    text_format: str = ""
+    json_format: str = ""
 
 
 class SidecarConfig(msgspec.Struct, frozen=True):
@@ -113,6 +182,8 @@ class SidecarConfig(msgspec.Struct, frozen=True):
     inbound: InboundListener | None = None
     outbound: tuple[OutboundListener, ...] = ()
     access_log: AccessLogConfig = AccessLogConfig()
+    service_metadata: tuple[tuple[str, str], ...] = ()  # what routes match as source metadata
+    locality: str = ""  # of this sidecar: `region/zone/subzone` or a prefix of it
 
     def __repr__(self) -> str:
         """Without the key, as `WorkerConfig`."""

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from mesh.proxy.sidecar_config import EndpointConfig, L4Rule
+from mesh.proxy.sidecar_config import EndpointConfig, SourceRule
 
 
 def test_bytes_pass_both_ways_and_each_half_closes_on_its_own(pair):
@@ -80,7 +80,7 @@ def test_a_reset_on_one_side_is_a_reset_on_the_other(pair):
 
 
 def test_denied_callers_are_closed_and_a_new_deny_closes_matching_connections_only(pair):
-    rules = (L4Rule("web", "allow"),)
+    rules = (SourceRule("web", "allow"),)
     hops = pair.hops(protocol="tcp", default_allow=False, intentions=rules)
     client = hops.client()
     app = hops.app()
@@ -88,10 +88,10 @@ def test_denied_callers_are_closed_and_a_new_deny_closes_matching_connections_on
     app.read(1)
     other = hops.tls_client("other")
     assert other.at_end()
-    hops.apply(default_allow=False, intentions=(L4Rule("other", "deny"), *rules))
+    hops.apply(default_allow=False, intentions=(SourceRule("other", "deny"), *rules))
     client.send(b"y")
     assert app.read(1) == b"y"
-    hops.apply(default_allow=True, intentions=(L4Rule("web", "deny"),))
+    hops.apply(default_allow=True, intentions=(SourceRule("web", "deny"),))
     assert client.at_end()
     assert app.at_end()
     assert hops.client().at_end()
