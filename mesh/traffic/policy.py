@@ -145,7 +145,7 @@ class LoadBalancing(msgspec.Struct, frozen=True):
 
 
 class PoolPolicy(msgspec.Struct, frozen=True):
-    """Connections to one endpoint: when they are closed instead of kept. 0: no limit; for `idle_timeout_s` the default."""
+    """When connections to an endpoint are closed instead of kept. 0: no limit; for `idle_timeout_s` the default."""
 
     requests_max: int = 0
     age_max_s: float = 0.0
