@@ -23,7 +23,7 @@ from agent.runtime import Runtime
 from agent.strict_json import MalformedJson
 from agent.telemetry import Metrics
 from mesh.errors import InvalidRequest, MeshError, ProtocolError
-from mesh.http.h1 import CONTINUE, END, EndOfMessage, Rejected, RequestEvent, ServerConnection
+from mesh.http.h1 import CONTINUE, END, EndOfMessage, Rejected, RequestEvent, ServerConnection, Trailers
 from mesh.http.head import Headers, RequestHead, ResponseHead
 
 log = logging.getLogger("mesh.http")
@@ -340,6 +340,8 @@ class HttpConnection:
                         return None
                 case EndOfMessage():
                     return bytes(body)
+                case Trailers():
+                    pass  # no handler of the API knows any
                 case Rejected() as rejected:
                     return rejected
                 case unexpected:  # the codec answers an early end with Rejected, and a head only follows an end

@@ -7,12 +7,13 @@ A server (one object per accepted connection; works the same for a Trio task and
         match event:
             case RequestHead():   ...                  # a request begins
             case bytes():         ...                  # a piece of its body, never empty
+            case Trailers():      ...                  # fields behind a chunked body; at most one, just before the end
             case EndOfMessage():  ...                  # it is complete
             case Rejected():      ...                  # malformed: always last, the connection takes no more input
     # if head.expects_continue, and you want the body:  send(CONTINUE)
     send(connection.send_response(ResponseHead(200, ((b"Content-Type", b"text/plain"),), content_length=2), request))
     send(connection.send_body(b"ok"))
-    send(connection.end())
+    send(connection.end())                             # or end(trailers.headers)
     # a Rejected is answered with:                      send(connection.reject(event)); then close
     # after end(): close the connection if connection.must_close
 
@@ -23,20 +24,26 @@ memory, because one call returns no more than its input held. At the peer's end 
 A client: `ClientConnection`: `send_request(head) -> bytes`, `send_body`, `end`, and the same receive side with
 ResponseHead events; a 1xx head (101 apart) is an event of its own with no EndOfMessage after it.
 
-Messages are always written from their parsed form, never copied. Trailers are read, limited and dropped.
+Trailers: hand the `headers` of a Trailers event to `end` of the other side. What cannot be said there (a body that is
+not chunked; a response whose request did not say `TE: trailers`) is dropped by `end`, so callers need not ask.
+
+Messages are always written from their parsed form, never copied. `send_request`, `send_response`, `send_informational`
+and `end` raise ProtocolError, before anything is changed or written, for what would not be accepted on receipt: a
+header name that is no token, a control character in a value, a path, method, authority or status that is none. Answer
+with a 500 then (`send_response` may be called again).
 """
 
 from typing import Final, NoReturn
 
 from mesh.errors import ProtocolError
-from mesh.http.events import END, EndOfMessage, Rejected, RequestEvent, ResponseEvent
+from mesh.http.events import END, EndOfMessage, Rejected, RequestEvent, ResponseEvent, Trailers
 from mesh.http.head import Headers, RequestHead, ResponseHead, response_has_body
 from mesh.http.receive_request import RequestReceiver
 from mesh.http.receive_response import ResponseReceiver
 
 __all__ = [
     "CONTINUE", "END", "REASONS", "ClientConnection", "EndOfMessage", "Rejected", "RequestEvent", "RequestHead",
-    "ResponseEvent", "ResponseHead", "ServerConnection",
+    "ResponseEvent", "ResponseHead", "ServerConnection", "Trailers",
 ]  # fmt: skip
 
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -71,10 +78,11 @@ def _lines(start: tuple[bytes, ...], headers: Headers, rest: tuple[bytes, ...]) 
 class _Sender:
     """Frames one body: by length, by chunks, until close, or not at all."""
 
-    __slots__ = ("_chunked", "_remaining", "_swallow")
+    __slots__ = ("_chunked", "_remaining", "_swallow", "_trailers")
 
     def __init__(self) -> None:
         self._chunked = False
+        self._trailers = True  # whoever reads them takes trailers
         self._swallow = False
         self._remaining = -1  # bytes still owed; -1: until close
 
@@ -89,10 +97,12 @@ class _Sender:
             assert self._remaining >= 0, "the body is longer than its Content-Length"
         return data
 
-    def end(self) -> bytes:
+    def end(self, trailers: Headers) -> bytes:
         """The bytes that complete the message."""
         if self._chunked:
             self._chunked = False
+            if trailers and self._trailers:
+                return _lines((b"0",), trailers, ())
             return b"0\r\n\r\n"
         assert self._swallow or self._remaining <= 0, "the body is shorter than its Content-Length"
         return b""
@@ -117,6 +127,7 @@ class ServerConnection(RequestReceiver):
         sender = self._sender
         sender._chunked = sender._swallow = False
         sender._remaining = -1
+        sender._trailers = request.te_trailers
         rest: tuple[bytes, ...] = ()
         if status == 101:
             self.must_close = True
@@ -148,15 +159,17 @@ class ServerConnection(RequestReceiver):
         """The bytes to put on the wire for a piece of the response's body."""
         return self._sender.send_body(data)
 
-    def end(self) -> bytes:
-        """The bytes that complete the response."""
-        return self._sender.end()
+    def end(self, trailers: Headers = ()) -> bytes:
+        """The bytes that complete the response, with trailers where it can have some."""
+        return self._sender.end(trailers)
 
     def reject(self, rejected: Rejected) -> bytes:
         """A complete answer to malformed input; close the connection after it."""
         self.must_close = True
         body = rejected.reason.encode("ascii", "replace") + b"\n"
-        headers = ((b"content-type", b"text/plain"),)
+        headers: Headers = ((b"content-type", b"text/plain"),)
+        if rejected.location:
+            headers += ((b"location", rejected.location),)
         rest = (b"content-length: %d" % len(body), b"connection: close")
         return _lines((_STATUS_LINES[rejected.status],), headers, rest) + body
 
@@ -196,6 +209,6 @@ class ClientConnection(ResponseReceiver):
         """The bytes to put on the wire for a piece of the request's body."""
         return self._sender.send_body(data)
 
-    def end(self) -> bytes:
-        """The bytes that complete the request."""
-        return self._sender.end()
+    def end(self, trailers: Headers = ()) -> bytes:
+        """The bytes that complete the request, with trailers where it can have some."""
+        return self._sender.end(trailers)
