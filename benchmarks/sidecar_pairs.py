@@ -70,6 +70,8 @@ class Proxies:
     envoy: subprocess.Popen
     authority: Authority
     config: WorkerConfig
+    envoy_inbound: int
+    directory: Path
 
 
 def rules(target: str) -> RouteTable:
@@ -236,7 +238,7 @@ def serving(ours, theirs, *, application=start_application, check=wait_serving, 
             assert type(reply).__name__ == "Ack", reply
             for port in (application_port, outbound, envoy_outbound):
                 check(port)
-            yield Proxies(outbound, envoy_outbound, worker, processes[-1], authority, config)
+            yield Proxies(outbound, envoy_outbound, worker, processes[-1], authority, config, envoy_inbound, directory)
         finally:
             worker.close()
             for process in processes:
