@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from mesh.authz import source_rules
 from mesh.model.ca import CaRoots
 from mesh.model.catalog import Proxy, Service, Upstream
 from mesh.model.check import ServiceHealth
@@ -22,7 +23,6 @@ from mesh.proxy.sidecar_config import (
     OutboundListener,
     SidecarConfig,
     SidecarProtocol,
-    SourceRule,
     TargetConfig,
 )
 
@@ -111,18 +111,12 @@ def _inbound(facts: SidecarFacts, proxy: Proxy, warnings: list[str]) -> InboundL
         local_address=local_address,
         local_port=application_port,
         protocol=_supported(protocol, proxy.destination_service_name, warnings),
-        intentions=tuple(_rule(rule) for rule in sorted(facts.intentions, key=lambda rule: -rule.precedence)),
+        intentions=source_rules(facts.intentions),
         default_allow=facts.default_allow,
         connect_timeout_s=_milliseconds(proxy.config, "local_connect_timeout_ms") or CONNECT_TIMEOUT_S,
         request_timeout_s=_milliseconds(proxy.config, "local_request_timeout_ms") or 0.0,
         connections_max=_integer(proxy.config, "max_inbound_connections") or 8192,
     )
-
-
-def _rule(intention: Intention) -> SourceRule:
-    """A rule that needs requests to be looked at cannot be decided per connection; it refuses, as Consul's L4 does."""
-    allowed = intention.action == "allow" and not intention.permissions
-    return SourceRule(intention.source, "allow" if allowed else "deny")
 
 
 # -- outbound

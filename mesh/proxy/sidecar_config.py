@@ -10,8 +10,9 @@ from typing import Literal
 
 import msgspec
 
+from mesh.authz.rules import SourceRule as SourceRule
 from mesh.errors import ConfigError
-from mesh.model.match import NamedMatch, PathMatch
+from mesh.model.permission import Permission as Permission
 from mesh.traffic.policy import (
     LoadBalancing,
     OutlierDetection,
@@ -34,28 +35,6 @@ REQUESTS_MAX = 1024
 RETRIES_MAX = 3
 SIDECARS_MAX = 4096
 ENDPOINTS_MAX = 65536
-
-
-class Permission(msgspec.Struct, frozen=True):
-    """One L7 permission of an intention: all that is given must hold of a request; the first that holds decides."""
-
-    action: Literal["allow", "deny"]
-    path: PathMatch | None = None
-    methods: tuple[str, ...] = ()
-    headers: tuple[NamedMatch, ...] = ()
-
-
-class SourceRule(msgspec.Struct, frozen=True):
-    """One intention as the callee's sidecar needs it: `source` is a service name or `*`.
-
-    `action` is None exactly when `permissions` decide. With `audit` its verdict is counted and logged, not enforced.
-    """
-
-    source: str
-    action: Literal["allow", "deny"] | None
-    permissions: tuple[Permission, ...] = ()
-    audit: bool = False
-    precedence: int = 9
 
 
 class EndpointConfig(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from agent.sidecar_render import SidecarFacts, UpstreamFacts, render
-from mesh.authz import L4Policy, authorize
+from mesh.authz import Policy, authorize
 from mesh.ca import authority
 from mesh.model.ca import CaRoots
 from mesh.model.catalog import Node, Proxy, Service, Upstream
@@ -46,10 +46,10 @@ def test_rendered_rules_decide_as_the_intentions_do(seed, default_allow):
         permissions = ({"Action": "allow"},) if action is None else ()
         rules.append(Intention(source, destination, action, permissions))
     inbound = render(facts(intentions=tuple(rules), default_allow=default_allow)).config.inbound
-    policy = L4Policy(inbound.intentions, default_allow=inbound.default_allow)
+    policy = Policy(inbound.intentions, default_allow=inbound.default_allow)
     for source in ("a", "b", "c", ""):
         expected = authorize(rules, source=source, destination="web", default_allow=default_allow).allowed
-        assert policy.allows(source) is expected
+        assert policy.connection(source).allowed is expected
 
 
 JSON = st.recursive(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from mesh.authz import L4Policy, authorize
+from mesh.authz import Policy, authorize, source_rules
 from mesh.model.intention import Intention
 
 PERMISSIONS = ({"Action": "allow", "HTTP": {"PathPrefix": "/"}},)
@@ -50,7 +50,7 @@ def test_decisions_agree_with_a_naive_oracle(rules: list[Intention], default_all
         inbound = sorted(
             (rule for rule in rules if rule.destination in (destination, "*")), key=lambda one: -one.precedence
         )
-        assert L4Policy(inbound, default_allow=default_allow).allows(source) is expected
+        assert Policy(source_rules(inbound), default_allow=default_allow).connection(source).allowed is expected
 
 
 def test_every_combination_of_the_four_precedences():

@@ -1,15 +1,14 @@
-"""Who may call whom: intentions by precedence, else the default policy.
+"""Who may call whom, per connection: intentions by precedence, else the default policy.
 
 Precedence (9 both names exact, 8 any source, 6 any destination, 5 any to any) leaves no ties between valid rules, as
 a source and a destination have one rule. Names are compared exactly and as whole strings, as identities are.
 """
 
 from collections.abc import Iterable
-from typing import Protocol
 
 import msgspec
 
-from mesh.model.intention import WILDCARD, Intention, IntentionAction
+from mesh.model.intention import WILDCARD, Intention
 
 DEFAULT_BY_ACLS = "Default behavior configured by ACLs"
 
@@ -20,16 +19,6 @@ class Decision(msgspec.Struct, frozen=True):
     allowed: bool
     reason: str
     intention: Intention | None = None
-
-
-class SourceRule(Protocol):
-    """A rule of one destination: `source` is a service or `*`; an `action` of None (L7 permissions) does not allow."""
-
-    @property
-    def source(self) -> str: ...
-
-    @property
-    def action(self) -> IntentionAction | None: ...
 
 
 def authorize(
@@ -57,24 +46,3 @@ def describe(rule: Intention) -> str:
     identifier = f"ID: {rule.intention_id}, " if rule.intention_id else ""
     does = f"Permissions: {len(rule.permissions)}" if rule.permissions else f"Action: {str(rule.action).upper()}"
     return f"default/{rule.source} => default/{rule.destination} ({identifier}Precedence: {rule.precedence}, {does})"
-
-
-class L4Policy:
-    """The rules of one destination, compiled: deciding a source is one dict lookup."""
-
-    __slots__ = ("_allowed", "_otherwise")
-
-    def __init__(self, rules: Iterable[SourceRule], *, default_allow: bool) -> None:
-        """`rules` are those whose destination is this service or `*`, highest precedence first."""
-        self._allowed: dict[str, bool] = {}
-        self._otherwise = default_allow
-        for rule in rules:
-            allows = rule.action == "allow" and not getattr(rule, "permissions", ())
-            if rule.source == WILDCARD:
-                self._otherwise = allows
-                break  # it decides for everyone; what follows has lower precedence
-            self._allowed.setdefault(rule.source, allows)
-
-    def allows(self, source: str) -> bool:
-        """Whether the service may connect."""
-        return self._allowed.get(source, self._otherwise)

@@ -1,0 +1,7 @@
+"""Who may call whom: intentions by precedence, per connection and per request, and what another set would change."""
+
+from mesh.authz.connections import Decision, authorize
+from mesh.authz.policy import Policy, Verdict
+from mesh.authz.rules import SourceRule, is_audit, source_rules
+
+__all__ = ["Decision", "Policy", "SourceRule", "Verdict", "authorize", "is_audit", "source_rules"]

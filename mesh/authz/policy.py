@@ -1,0 +1,240 @@
+"""The rules of one listener, compiled: a dict lookup by the caller, then, where requests decide, a few closures.
+
+What decides, as Consul renders it for Envoy (agent/xds/rbac.go, read for its meaning): the rule of highest precedence
+whose source is the caller or `*` is the only one that counts. Of its permissions the first that holds of the request
+decides; when none holds the default does, not the next rule. On a listener that does not speak HTTP a rule with
+permissions refuses. (Consul arrives there by subtracting each rule's source from all rules below it, and each
+permission from those after it; whatever has the default's action is then left out.)
+
+A header that appears several times is several values. A deny holds when one of them matches, an allow only when all do:
+joined, or last-one-wins, a repeated header talks its way around a rule (Envoy CVE-2026-26308, Consul CVE-2024-10006).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+from msgspec.structs import replace
+
+from mesh.authz.rules import SourceRule
+from mesh.errors import ConfigError, ProtocolError
+from mesh.http.head import RequestHead
+from mesh.http.path import normalize_path
+from mesh.model.intention import WILDCARD
+from mesh.model.match import NamedMatch, PathMatch
+from mesh.model.matching import compile_path, compile_string
+from mesh.model.permission import Permission
+
+
+class Verdict(msgspec.Struct, frozen=True, gc=False):
+    """What happens to a request, and by which rule: `web=>api deny`, `web=>api permission 2 deny`, empty: the default.
+
+    `audit_denied`: it would be refused, were the rule not in audit mode; `allowed` is True then.
+    """
+
+    allowed: bool
+    rule: str
+    audit_denied: bool = False
+
+    @property
+    def details(self) -> str:
+        """As Envoy's RESPONSE_CODE_DETAILS have it for a refusal: no blanks, `none` when no rule matched."""
+        name = self.rule.replace(" ", "_") or "none"
+        return f"rbac_access_denied_matched_policy[{name}]"
+
+    @property
+    def text(self) -> str:
+        """For the access log: `allowed: web=>api allow`, `denied: default`, `audit-denied: rule web=>api deny`."""
+        if self.audit_denied:
+            return f"audit-denied: rule {self.rule or 'default'}"
+        return f"{'allowed' if self.allowed else 'denied'}: {self.rule or 'default'}"
+
+
+Decide = Callable[[RequestHead], Verdict]
+
+
+class _Condition(msgspec.Struct, frozen=True):
+    """A permission, compiled. None: it does not ask."""
+
+    methods: frozenset[bytes] | None
+    path: Callable[[bytes], bool] | None
+    headers: Callable[[RequestHead], bool] | None
+    verdict: Verdict
+
+    def holds_of_line(self, method: bytes, path: bytes) -> bool:
+        """Whether method and path are as it asks."""
+        return (self.methods is None or method in self.methods) and (self.path is None or self.path(path))
+
+
+class Requests:
+    """A rule with permissions: decides request by request."""
+
+    __slots__ = ("_compiled", "_conditions", "_otherwise")
+
+    def __init__(self, conditions: Sequence[_Condition], otherwise: Verdict) -> None:
+        self._conditions = tuple(conditions)
+        self._compiled = tuple((one.methods, one.path, one.headers, one.verdict) for one in conditions)
+        self._otherwise = otherwise
+
+    def decide(self, head: RequestHead) -> Verdict:
+        """The verdict of the first permission that holds of the request, else the default's."""
+        method, path = head.method, head.path
+        for methods, path_holds, headers_hold, verdict in self._compiled:
+            if (
+                (methods is None or method in methods)
+                and (path_holds is None or path_holds(path))
+                and (headers_hold is None or headers_hold(head))
+            ):
+                return verdict
+        return self._otherwise
+
+    def foresee(self, method: bytes, path: bytes) -> tuple[Verdict, ...]:
+        """Every verdict that is possible for such a request, its headers unknown; the likeliest (no special header)
+        comes last.
+        """
+        possible: list[Verdict] = []
+        for condition in self._conditions:
+            if condition.holds_of_line(method, path):
+                possible.append(condition.verdict)
+                if condition.headers is None:
+                    return tuple(possible)
+        return (*possible, self._otherwise)
+
+
+class Policy:
+    """The rules of one destination. Never raises: a rule that cannot be compiled refuses."""
+
+    __slots__ = ("_by_source", "_otherwise", "decides_requests")
+
+    def __init__(
+        self,
+        rules: Iterable[SourceRule],
+        *,
+        default_allow: bool,
+        service: str = "",
+        http: bool = False,
+        audit: bool = False,
+    ) -> None:
+        """`rules` are those whose destination is `service` or `*`, highest precedence first. `audit`: of everything."""
+        default = _verdict("", allowed=default_allow, audit=audit)
+        self._otherwise: Verdict | Requests = default
+        self._by_source: dict[str, Verdict | Requests] = {}
+        for rule in rules:
+            decider = self._compile(rule, default_allow, service, http=http, audit=audit or rule.audit)
+            if rule.source == WILDCARD:
+                self._otherwise = decider
+                break  # it decides for everyone; what follows has lower precedence
+            self._by_source.setdefault(rule.source, decider)
+        deciders = (*self._by_source.values(), self._otherwise)
+        self.decides_requests = any(type(decider) is Requests for decider in deciders)
+
+    @staticmethod
+    def _compile(
+        rule: SourceRule, default_allow: bool, service: str, *, http: bool, audit: bool
+    ) -> "Verdict | Requests":
+        name = f"{rule.source}=>{service if rule.precedence >= 8 else WILDCARD}"  # noqa: PLR2004 - Consul's numbers
+        if not rule.permissions:
+            action = "allow" if rule.action == "allow" else "deny"
+            return _verdict(f"{name} {action}", allowed=action == "allow", audit=audit)
+        if not http:
+            return _verdict(f"{name} needs http", allowed=False, audit=audit)
+        try:
+            conditions = [
+                _condition(one, _verdict(f"{name} permission {at} {one.action}", one.action == "allow", audit=audit))
+                for at, one in enumerate(rule.permissions, start=1)
+            ]
+        except (ConfigError, UnicodeError):
+            return Verdict(allowed=False, rule=f"{name} cannot be understood")
+        otherwise = _verdict("" if default_allow else f"{name} no permission", default_allow, audit=audit)
+        return Requests(conditions, otherwise)
+
+    def verdict(self, source: str, head: RequestHead) -> Verdict:
+        """What happens to this request of that caller (empty: nobody in particular)."""
+        decider = self._by_source.get(source, self._otherwise)
+        if type(decider) is Verdict:
+            return decider
+        assert type(decider) is Requests
+        return decider.decide(head)
+
+    def connection(self, source: str) -> Verdict:
+        """What happens to that caller's connection, on a listener that does not speak HTTP."""
+        decider = self._by_source.get(source, self._otherwise)
+        assert type(decider) is Verdict, "only HTTP listeners decide on requests"
+        return decider
+
+    def foresee(self, source: str, method: bytes, path: bytes) -> tuple[Verdict, ...]:
+        """As `verdict`, for a request of which the headers are not known: each verdict that they could lead to."""
+        decider = self._by_source.get(source, self._otherwise)
+        if type(decider) is Verdict:
+            return (decider,)
+        assert type(decider) is Requests
+        return decider.foresee(method, path)
+
+
+def _verdict(rule: str, allowed: bool, *, audit: bool) -> Verdict:
+    if audit and not allowed:
+        return Verdict(allowed=True, rule=rule, audit_denied=True)
+    return Verdict(allowed=allowed, rule=rule)
+
+
+def _condition(permission: Permission, verdict: Verdict) -> _Condition:
+    """Raises ConfigError for a pattern that is none."""
+    return _Condition(
+        methods=frozenset(method.encode() for method in permission.methods) or None,
+        path=compile_path(_canonical(permission.path)) if permission.path is not None else None,
+        headers=_headers(permission.headers, every=permission.action == "allow") if permission.headers else None,
+        verdict=verdict,
+    )
+
+
+def _canonical(match: PathMatch) -> PathMatch:
+    """Requests are matched in their canonical spelling; a rule that was written in another one means the same."""
+    if match.kind == "regex" or match.value.rpartition("/")[2] in (".", ".."):
+        return match
+    try:
+        return replace(match, value=normalize_path(match.value.encode()).decode())
+    except (ProtocolError, UnicodeError):
+        return match  # no request has such a path: it would have been answered 400
+
+
+def _headers(matches: Sequence[NamedMatch], *, every: bool) -> Callable[[RequestHead], bool]:
+    compiled = tuple((_values_of(one.name), compile_string(one.match)) for one in matches)
+
+    def hold(head: RequestHead) -> bool:
+        for values_of, holds in compiled:
+            values = values_of(head)
+            if not values:
+                if not holds(None):
+                    return False
+            elif len(values) == 1:
+                if not holds(values[0]):
+                    return False
+            elif not (all if every else any)(holds(value) for value in values):
+                return False
+        return True
+
+    return hold
+
+
+def _one(value: bytes | None) -> tuple[bytes, ...]:
+    return () if value is None else (value,)
+
+
+# What a head holds elsewhere than among its headers.
+_ELSEWHERE: dict[str, Callable[[RequestHead], Sequence[bytes]]] = {
+    ":authority": lambda head: (head.authority,),
+    "host": lambda head: (head.authority,),
+    ":method": lambda head: (head.method,),
+    ":path": lambda head: (head.target,),
+    "upgrade": lambda head: _one(head.upgrade or None),
+    "content-length": lambda head: _one(None if head.content_length is None else b"%d" % head.content_length),
+    "transfer-encoding": lambda head: (b"chunked",) if head.chunked else (),
+    "expect": lambda head: (b"100-continue",) if head.expects_continue else (),
+}
+
+
+def _values_of(name: str) -> Callable[[RequestHead], Sequence[bytes]]:
+    elsewhere = _ELSEWHERE.get(name)
+    if elsewhere is not None:
+        return elsewhere
+    wanted = name.encode()
+    return lambda head: [value for key, value in head.headers if key == wanted]
