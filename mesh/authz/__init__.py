@@ -2,6 +2,6 @@
 
 from mesh.authz.connections import Decision, authorize
 from mesh.authz.policy import Policy, Verdict
-from mesh.authz.rules import SourceRule, is_audit, source_rules
+from mesh.authz.rules import SourceRule, source_rules
 
-__all__ = ["Decision", "Policy", "SourceRule", "Verdict", "authorize", "is_audit", "source_rules"]
+__all__ = ["Decision", "Policy", "SourceRule", "Verdict", "authorize", "source_rules"]

@@ -1,6 +1,6 @@
 """What the sidecar of one destination enforces, made of the intentions that bear on it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -8,9 +8,6 @@ import msgspec
 from mesh.errors import Refused
 from mesh.model.intention import Intention
 from mesh.model.permission import Permission, permission_of
-
-AUDIT_KEY = "mesh-mode"  # in an intention's Meta, or that of its entry or of a service's defaults
-AUDIT_VALUE = "audit"
 
 
 class SourceRule(msgspec.Struct, frozen=True):
@@ -27,22 +24,17 @@ class SourceRule(msgspec.Struct, frozen=True):
     precedence: int = 9
 
 
-def is_audit(meta: Mapping[str, str]) -> bool:
-    """Whether metadata asks for audit mode: `mesh-mode` = `audit`. Any other value enforces."""
-    return meta.get(AUDIT_KEY) == AUDIT_VALUE
-
-
-def source_rules(intentions: Iterable[Intention], *, audited: frozenset[str] = frozenset()) -> tuple[SourceRule, ...]:
+def source_rules(intentions: Iterable[Intention]) -> tuple[SourceRule, ...]:
     """The rules of intentions that share a destination (or have `*`), highest precedence first.
 
-    `audited`: destinations whose whole entry is in audit mode. A rule that cannot be understood refuses.
+    A rule that cannot be understood refuses.
     """
     ordered = sorted(intentions, key=lambda one: (-one.precedence, one.source, one.action != "deny"))
-    return tuple(_source_rule(one, audit=one.destination in audited or is_audit(one.meta)) for one in ordered)
+    return tuple(_source_rule(one) for one in ordered)
 
 
-def _source_rule(intention: Intention, *, audit: bool) -> SourceRule:
-    source, precedence = intention.source, intention.precedence
+def _source_rule(intention: Intention) -> SourceRule:
+    source, precedence, audit = intention.source, intention.precedence, intention.audit
     if not intention.permissions:
         action: Literal["allow", "deny"] = "allow" if intention.action == "allow" else "deny"
         return SourceRule(source, action, audit=audit, precedence=precedence)

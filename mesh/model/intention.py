@@ -1,12 +1,27 @@
-"""Intentions: who may call whom."""
+"""Intentions: who may call whom.
 
+Audit mode is asked for in metadata, which every client of Consul's API carries through unharmed: key `mesh-intentions`,
+value `audit` (or `enforce`, as is the rule), on a rule, on a service-intentions entry for all its rules, on
+service-defaults or proxy-defaults for whole services. On an entry, `mesh-intentions/web` is about its source `web` only.
+"""
+
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
 
 WILDCARD = "*"
 
+MODE_KEY = "mesh-intentions"
+MODES = ("enforce", "audit")
+
 IntentionAction = Literal["allow", "deny"]
+
+
+def is_audit(meta: Mapping[str, str], source: str = "") -> bool:
+    """Whether metadata asks for audit mode: of everything it is about, or of the rule for `source`."""
+    mode = meta.get(f"{MODE_KEY}/{source}") if source else None
+    return (meta.get(MODE_KEY) if mode is None else mode) == "audit"
 
 
 def precedence(*, source: str, destination: str) -> int:
@@ -17,7 +32,10 @@ def precedence(*, source: str, destination: str) -> int:
 
 
 class Intention(msgspec.Struct, frozen=True):
-    """One rule. `action` is None exactly when L7 `permissions` decide. Times are Unix seconds."""
+    """One rule. `action` is None exactly when L7 `permissions` decide. Times are Unix seconds.
+
+    With `audit`, which the state derives from the metadata of rule and entry, a denial is counted and not enforced.
+    """
 
     source: str
     destination: str
@@ -30,6 +48,7 @@ class Intention(msgspec.Struct, frozen=True):
     updated_at_s: float = 0.0
     create_index: int = 0
     modify_index: int = 0
+    audit: bool = False
 
     @property
     def precedence(self) -> int:

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from mesh.model.config_entry import SERVICE_INTENTIONS, ConfigEntry
 from mesh.model.equality import same
-from mesh.model.intention import WILDCARD, Intention
+from mesh.model.intention import WILDCARD, Intention, is_audit
 from mesh.state.validation import intentions_of, require_intention
 from mesh.state.watch import (
     INTENTIONS,
@@ -93,7 +93,8 @@ class IntentionTable:
     def upsert(self, intention: Intention, index: int, changed: set[WatchKey]) -> None:
         """Creates or replaces one rule. Raises Refused when it is not valid."""
         require_intention(intention)
-        if self._put(intention, index, changed):
+        entry = self.entries.get(intention.destination)
+        if self._put(intention, entry.meta if entry is not None else {}, index, changed):
             self._touch_entry(intention.destination, index, changed)
 
     def delete(self, source: str, destination: str, index: int, changed: set[WatchKey]) -> None:
@@ -119,7 +120,7 @@ class IntentionTable:
             old = self.rows.get((entry.name, rule.source))
             if old is not None:
                 rule = replace(rule, intention_id=old.intention_id, meta=old.meta)
-            changes |= self._put(replace(rule, created_at_s=at_s, updated_at_s=at_s), index, changed)
+            changes |= self._put(replace(rule, created_at_s=at_s, updated_at_s=at_s), entry.meta, index, changed)
         if changes:
             self._touch_entry(entry.name, index, changed, meta=entry.meta)
         return True
@@ -136,9 +137,10 @@ class IntentionTable:
         self._touch_entry(name, index, changed)
         return True
 
-    def _put(self, rule: Intention, index: int, changed: set[WatchKey]) -> bool:
+    def _put(self, rule: Intention, entry_meta: dict[str, str], index: int, changed: set[WatchKey]) -> bool:
         """Whether the rule says anything new; when it was written last is nothing new."""
         key = (rule.destination, rule.source)
+        rule = replace(rule, audit=is_audit(rule.meta) or is_audit(entry_meta, rule.source))
         old = self.rows.get(key)
         if old is None:
             self.rows[key] = replace(rule, create_index=index, modify_index=index)

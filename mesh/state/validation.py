@@ -12,7 +12,8 @@ from typing import cast
 from mesh.errors import Refused
 from mesh.model.catalog import Service
 from mesh.model.config_entry import SERVICE_INTENTIONS, ConfigEntry
-from mesh.model.intention import WILDCARD, Intention, IntentionAction
+from mesh.model.intention import MODE_KEY, MODES, WILDCARD, Intention, IntentionAction
+from mesh.model.permission import permission_of
 
 # Deep enough for any configuration; far from where decoders and encoders recurse too deeply, which would depend on
 # the depth of the caller's stack and so could differ between servers.
@@ -60,7 +61,6 @@ _SOURCE_FIELDS = frozenset(
         "SamenessGroup",
     }
 )
-_PATH_MATCHES = ("PathExact", "PathPrefix", "PathRegex")
 
 
 def require_json(value: object, what: str) -> None:
@@ -127,6 +127,7 @@ def require_config_entry(entry: ConfigEntry) -> None:
     if singleton is not None and entry.name != singleton:
         raise Refused(f'invalid name ("{entry.name}"), only "{singleton}" is supported')
     require_json(entry.body, f"config entry {entry.kind}/{entry.name}")
+    _require_modes(entry.meta)
     if entry.kind == "service-defaults":
         protocol = entry.body.get("Protocol", "")
         if not isinstance(protocol, str) or protocol.lower() not in PROTOCOLS:
@@ -145,6 +146,7 @@ def require_intention(intention: Intention, where: str = "") -> None:
             raise Refused(f"{where}{label} is required")
         if WILDCARD in name and name != WILDCARD:
             raise Refused(f"{where}{label}: wildcard character '*' cannot be used with partial values")
+    _require_modes(intention.meta)
     if intention.permissions:
         if intention.action is not None:
             raise Refused(f"{where}Action must be omitted if Permissions are specified")
@@ -219,18 +221,12 @@ def _intention_of(source: dict[str, object], destination: str, where: str) -> In
 
 
 def _require_permission(permission: dict[str, object], where: str) -> None:
-    require_json(permission, f"{where}".rstrip("."))
-    if permission.get("Action") not in ("allow", "deny"):
-        raise Refused(f"{where}Action must be set to 'allow' or 'deny'")
-    http = permission.get("HTTP")
-    if http is None:
-        return
-    if not isinstance(http, dict):
-        raise Refused(f"{where}HTTP must be an object")
-    paths = [field for field in _PATH_MATCHES if http.get(field)]
-    if len(paths) > 1:
-        raise Refused(f"{where}HTTP should only contain one of PathExact, PathPrefix, or PathRegex")
-    for field in paths:
-        value = http[field]
-        if not isinstance(value, str) or (field != "PathRegex" and not value.startswith("/")):
-            raise Refused(f"{where}HTTP.{field} doesn't start with '/': {value!r}")
+    require_json(permission, where.rstrip("."))
+    permission_of(permission, where)
+
+
+def _require_modes(meta: dict[str, str]) -> None:
+    """A misspelt mode would enforce what was meant to be watched first."""
+    for key, value in sorted(meta.items()):
+        if (key == MODE_KEY or key.startswith(f"{MODE_KEY}/")) and value not in MODES:
+            raise Refused(f"Meta {key} must be one of {', '.join(MODES)}, not {value[:64]!r}")

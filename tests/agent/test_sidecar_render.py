@@ -43,7 +43,7 @@ def test_rendered_rules_decide_as_the_intentions_do(seed, default_allow):
     rules = []
     for source, destination in rng.sample(pairs, rng.randrange(len(pairs) + 1)):
         action = ("allow", "deny", None)[rng.randrange(3)]
-        permissions = ({"Action": "allow"},) if action is None else ()
+        permissions = ({"Action": "allow", "HTTP": {"PathPrefix": "/"}},) if action is None else ()
         rules.append(Intention(source, destination, action, permissions))
     inbound = render(facts(intentions=tuple(rules), default_allow=default_allow)).config.inbound
     policy = Policy(inbound.intentions, default_allow=inbound.default_allow)

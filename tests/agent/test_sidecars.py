@@ -97,6 +97,7 @@ def proxy_of(name: str, *, port: int = 21000, upstreams=(), config=None, **field
 WEB = Service("web", "web", port=8080)
 API_UPSTREAM = Upstream("api", local_bind_port=9191)
 WEB_PROXY = proxy_of("web", upstreams=[API_UPSTREAM])
+ALL_REQUESTS = {"Action": "allow", "HTTP": {"PathPrefix": "/"}}
 
 
 class Agent:
@@ -164,7 +165,7 @@ async def test_sidecar_gets_identity_rules_and_passing_endpoints(autojump_clock,
     await backend.apply(IntentionUpsert(Intention("*", "web", "deny")))
     await backend.apply(IntentionUpsert(Intention("front", "web", "allow")))
     await backend.apply(IntentionUpsert(Intention("front", "*", "deny")))
-    await backend.apply(IntentionUpsert(Intention("l7", "web", None, permissions=({"Action": "allow"},))))
+    await backend.apply(IntentionUpsert(Intention("l7", "web", None, permissions=(ALL_REQUESTS,))))
     async with running(Agent(backend, WEB, WEB_PROXY, default_allow=False)) as agent:
         await settle()
         sidecar = agent.worker.sidecar("web-sidecar-proxy")
@@ -176,7 +177,7 @@ async def test_sidecar_gets_identity_rules_and_passing_endpoints(autojump_clock,
         assert (inbound.bind_address, inbound.bind_port) == ("0.0.0.0", 21000)
         assert (inbound.local_address, inbound.local_port, inbound.protocol) == ("127.0.0.1", 8080, "tcp")
         assert [(rule.source, rule.action) for rule in inbound.intentions] == [
-            ("front", "allow"), ("l7", "deny"), ("*", "deny"), ("front", "deny"),
+            ("front", "allow"), ("l7", None), ("*", "deny"), ("front", "deny"),
         ]  # fmt: skip
         assert not inbound.default_allow
         (outbound,) = sidecar.outbound
