@@ -3,7 +3,10 @@
 import importlib
 import sys
 
-BENCHMARKS = ("two_hops", "kv_puts", "kv_gets", "intention_flips", "leader_death", "footprint")
+BENCHMARKS = (
+    "two_hops", "one_hop", "large_bodies", "tcp_relay", "idle_connections", "configuration_changes",
+    "kv_puts", "kv_gets", "intention_flips", "leader_death", "footprint",
+)  # fmt: skip
 
 
 def main() -> int:

@@ -283,9 +283,7 @@ def alternate(proxies, run, rounds):
     """Pairs (ours, Envoy's) of `run(port, pid)`, after a warm-up of each."""
     for port, pid in ((proxies.port, proxies.worker.pid), (proxies.envoy_port, proxies.envoy.pid)):
         run(port, pid)  # connections, caches
-    return [
-        (run(proxies.port, proxies.worker.pid), run(proxies.envoy_port, proxies.envoy.pid)) for _ in range(rounds)
-    ]
+    return [(run(proxies.port, proxies.worker.pid), run(proxies.envoy_port, proxies.envoy.pid)) for _ in range(rounds)]
 
 
 def median(results, field):
