@@ -87,6 +87,9 @@ class OutlierDetection(msgspec.Struct, frozen=True):
     failure_percentage_minimum_hosts: int = 5
     failure_percentage_request_volume: int = 50
     enforcing_failure_percentage: int = 0
+    enforcing_local_origin_success_rate: int = 100
+    enforcing_failure_percentage_local_origin: int = 0
+    uneject_on_passing_check: bool = True
 
 
 class Probation(msgspec.Struct, frozen=True):
