@@ -13,7 +13,6 @@ import time
 import msgspec
 
 from benchmarks.sidecar_pairs import (
-    ADDRESS,
     envoy_two_hops,
     parse,
     run_wrk,

@@ -1,4 +1,4 @@
-"""Envoy's configuration for the same sidecars as our worker's, with the same features on. One worker, no admin, JSON."""
+"""Envoy's configuration for the same sidecars as our worker's, with the same features on. One worker, no admin."""
 
 import importlib.util
 import json
