@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from mesh.errors import InvalidRequest
-from mesh.state.pattern import Pattern
+from mesh.model.pattern import Pattern
 
 EXPRESSION_CHARS_MAX = 8192  # a URL's worth
 DEPTH_MAX = 64  # of parentheses and nots

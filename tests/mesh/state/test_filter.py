@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mesh.errors import InvalidRequest
 from mesh.state.filter import DEPTH_MAX, EXPRESSION_CHARS_MAX, Filter
-from mesh.state.pattern import Pattern
+from mesh.model.pattern import Pattern
 
 VALUE = {
     "ID": "web-1",
