@@ -6,10 +6,11 @@ import msgspec
 
 from agent.addresses import split_address
 from agent.definitions.fields import holds_something, refuse_tenancy, refuse_unsupported
-from agent.strict_json import Fields, format_duration
+from agent.strict_json import Fields
 from mesh.errors import InvalidRequest
 from mesh.model.catalog import Service
 from mesh.model.check import Check, CheckDefinition, CheckStatus
+from mesh.model.duration import format_duration
 
 CHECK_INTERVAL_S_MIN = 1.0
 DEREGISTER_AFTER_S_MIN = 60.0

@@ -8,9 +8,10 @@ Consul's kinds; what a field means, and whether it is supported, is decided wher
 import json
 from collections.abc import Mapping
 
-from agent.strict_json import Fields, MalformedJson, format_duration, parse_duration_s
+from agent.strict_json import Fields, MalformedJson, parse_duration_s
 from mesh.errors import InvalidRequest
 from mesh.model.config_entry import ConfigEntry
+from mesh.model.duration import format_duration
 from mesh.state.validation import SINGLETON_NAMES
 
 _TRAFFIC = ("MeshGateway", "Mode", "TransparentProxy", "MutualTLSMode", "Expose", "EnvoyExtensions")

@@ -2,11 +2,11 @@
 
 from datetime import UTC, datetime
 
-from agent.strict_json import format_duration
 from mesh.model.ca import CaRoot, CaRoots
 from mesh.model.catalog import Node, Proxy, Service, ServiceAddress, ServiceNode, Upstream
 from mesh.model.check import Check, CheckDefinition, ServiceHealth
 from mesh.model.config_entry import ConfigEntry
+from mesh.model.duration import format_duration
 from mesh.model.intention import Intention
 from mesh.model.kv import KvEntry
 

@@ -10,11 +10,11 @@ from agent.strict_json import (
     Fields,
     MalformedJson,
     decode,
-    format_duration,
     parse_duration_ns,
     parse_duration_s,
     snake_case,
 )
+from mesh.model.duration import format_duration
 
 # The machine that runs the suite may be busy: slowness is not a failure.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
