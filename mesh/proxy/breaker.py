@@ -1,6 +1,6 @@
 """Circuit breakers: how much may be under way to a target at once. What is over that fails at once instead of queueing.
 
-A `Breaker` holds the counts and the limits, Envoy's semantics: something is admitted while the count is below the limit.
+A `Breaker` holds counts and limits as in Envoy: something is admitted while its count is below its limit.
 Each `take_*` that returned True is paired with one decrement of its count; the owner does that itself, on the plain
 attributes, as it may inline `take_request` on its hot path.
 """
