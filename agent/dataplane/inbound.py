@@ -4,14 +4,16 @@ import logging
 import socket
 import time
 
-from agent.dataplane.http import HttpAccepted, HttpService
+from agent.dataplane.http_accepted import HttpAccepted
+from agent.dataplane.http_service import HttpService
 from agent.dataplane.identity import SidecarIdentity
 from agent.dataplane.metrics import ListenerMetrics
 from agent.dataplane.reactor import Reactor
-from agent.dataplane.target import PlainTransport, Target
+from agent.dataplane.target import Target
 from agent.dataplane.tcp import TcpAccepted
 from agent.dataplane.tracing import Tracer
-from mesh.authz import L4Policy
+from agent.dataplane.transport import PlainTransport
+from mesh.authz import Policy
 from mesh.ca.svid import Svid
 from mesh.errors import InvalidIdentity
 from mesh.proxy.pool import LOCAL_IDLE_TIMEOUT_S
@@ -29,19 +31,19 @@ class Authorizer:
 
     def __init__(self) -> None:
         self._key: tuple[tuple[SourceRule, ...], bool] = ((), False)
-        self._policy = L4Policy((), default_allow=False)
+        self._policy = Policy((), default_allow=False)
 
     def update(self, rules: tuple[SourceRule, ...], *, default_allow: bool) -> bool:
         """Takes new rules; whether they differ from those before."""
         if (rules, default_allow) == self._key:
             return False
         self._key = (rules, default_allow)
-        self._policy = L4Policy(rules, default_allow=default_allow)
+        self._policy = Policy(rules, default_allow=default_allow)
         return True
 
     def allows(self, source: str) -> bool:
         """Whether a service may come in."""
-        return self._policy.allows(source)
+        return self._policy.connection(source).allowed
 
 
 class _Gate:
@@ -165,6 +167,6 @@ class InboundTcp:
         self.accepted.discard(accepted)
         self.metrics.active -= 1
 
-    def drain(self) -> None:
-        """Open relays go on until they end."""
+    def drain(self, *, idle_s: float = 0.0) -> None:
+        """Open relays go on until they end, idle or not."""
         self.target.close()

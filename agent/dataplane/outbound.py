@@ -2,13 +2,15 @@
 
 import socket
 
-from agent.dataplane.http import HttpAccepted, HttpService
+from agent.dataplane.http_accepted import HttpAccepted
+from agent.dataplane.http_service import HttpService
 from agent.dataplane.identity import SidecarIdentity
 from agent.dataplane.metrics import ListenerMetrics
 from agent.dataplane.reactor import Reactor
-from agent.dataplane.target import MutualTls, Target
+from agent.dataplane.target import Target
 from agent.dataplane.tcp import TcpAccepted
 from agent.dataplane.tracing import Tracer
+from agent.dataplane.transport import MutualTls
 from mesh.proxy.sidecar_config import OutboundListener
 
 
@@ -94,6 +96,6 @@ class OutboundTcp:
         self.accepted.discard(accepted)
         self.metrics.active -= 1
 
-    def drain(self) -> None:
-        """Open relays go on until they end."""
+    def drain(self, *, idle_s: float = 0.0) -> None:
+        """Open relays go on until they end, idle or not."""
         self.target.close()

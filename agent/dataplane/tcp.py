@@ -5,9 +5,11 @@ import socket
 from typing import Protocol
 
 from agent.dataplane.connection import Connection
+from agent.dataplane.dialed import Dialed, dial_socket
+from agent.dataplane.endpoint import Endpoint
 from agent.dataplane.metrics import ListenerMetrics
 from agent.dataplane.reactor import Reactor
-from agent.dataplane.target import Dialed, Endpoint, Target, dial_socket
+from agent.dataplane.target import Target
 from mesh.proxy.relay import Relay
 from mesh.proxy.retry import CONNECT_ATTEMPTS_MAX
 

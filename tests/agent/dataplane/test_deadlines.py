@@ -9,7 +9,7 @@ import trio
 from sidecars import Authority, loopback_address
 
 from agent.dataplane.connection import HANDSHAKE_TIMEOUT_S, LINGER_TIMEOUT_S, Connection
-from agent.dataplane.http import HEAD_TIMEOUT_S, KEEP_ALIVE_TIMEOUT_S
+from agent.dataplane.http_accepted import HEAD_TIMEOUT_S, KEEP_ALIVE_TIMEOUT_S
 from agent.dataplane.reactor import READABLE, Reactor
 from agent.dataplane.tables import Tables
 from agent.dataplane.tcp import IDLE_TIMEOUT_S as TCP_IDLE_TIMEOUT_S

@@ -1,22 +1,16 @@
-"""HTTP on either side of a sidecar: the accepted connection, and what inbound and outbound services share."""
+"""The accepted side of HTTP: requests in, one exchange at a time, in order."""
 
-import bisect
 import logging
 import socket
-import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from agent.dataplane.access_log import AccessLog
 from agent.dataplane.connection import Connection
-from agent.dataplane.metrics import LATENCY_BOUNDS_MS, ListenerMetrics
+from agent.dataplane.metrics import ListenerMetrics
 from agent.dataplane.reactor import Reactor
-from agent.dataplane.target import Target
-from agent.dataplane.tracing import Span, TraceContext, Tracer
 from mesh.http.h1 import END, Rejected, RequestEvent, ServerConnection
 from mesh.http.head import RequestHead
-from mesh.proxy.access_log import LogRecord
-from mesh.proxy.exchange import DENIED, Exchange
+from mesh.proxy.exchange import Exchange
 from mesh.proxy.relay import Relay
 from mesh.proxy.sidecar_config import IDLE_TIMEOUT_S
 
@@ -254,160 +248,3 @@ def _fold(events: Sequence[RequestEvent], position: int) -> tuple[int, bytes, bo
             break
         position += 1
     return position, b"".join(pieces), False
-
-
-class HttpService:
-    """One HTTP listener's side: starts exchanges, keeps their accounts. See inbound and outbound for the two kinds."""
-
-    def __init__(self, reactor: Reactor, metrics: ListenerMetrics, target: Target, tracer: Tracer) -> None:
-        self.reactor = reactor
-        self.metrics = metrics
-        self.target = target
-        self.tracer = tracer
-        self.draining = False
-        self.inbound = False
-        self.request_timeout_s = 0.0
-        self.access_log: AccessLog | None = None
-        self.acquire = target.acquire  # for exchanges: straight to the target, nothing is added here
-        self.release = target.release
-        self.give_up = target.give_up
-        self.accepted: set[HttpAccepted] = set()
-
-    # ---- for accepted connections
-
-    def begin(self, accepted: HttpAccepted, request: RequestHead, body: bytes, *, ended: bool) -> Exchange:
-        """Authorises and starts an exchange."""
-        # The batch's time: what waits for its turn in this process has been waiting since then.
-        exchange = Exchange(accepted, self, request, self.reactor.now)
-        accepted.exchange = exchange
-        self.metrics.requests += 1
-        target_metrics = self.target.metrics
-        target_metrics.requests += 1
-        target_metrics.active += 1
-        if ended and self.request_timeout_s:
-            accepted.set_deadline(self.reactor.now + self.request_timeout_s)
-        else:
-            accepted.set_deadline(self.reactor.now + IDLE_TIMEOUT_S)
-        if self.draining:
-            accepted.codec.must_close = True
-        if self.inbound and not self.allowed(accepted):
-            self.metrics.denied += 1
-            exchange.request_ended = ended
-            exchange.fail(DENIED)
-            return exchange
-        exchange.forwarded = self._forwarded(exchange, request)
-        exchange.begin(body, ended=ended)
-        return exchange
-
-    def allowed(self, accepted: HttpAccepted) -> bool:
-        """Whether policy lets this caller's request through, by the current rules."""
-        return True
-
-    def identify(self, accepted: HttpAccepted) -> bool:
-        """Plain listeners have no identities."""
-        return True
-
-    def accepted_gone(self, accepted: HttpAccepted) -> None:
-        """An accepted connection is closed."""
-        self.accepted.discard(accepted)
-        self.metrics.active -= 1
-
-    def _forwarded(self, exchange: Exchange, request: RequestHead) -> RequestHead:
-        """The head as the endpoint gets it: identity headers from outside dropped, request ID and trace present."""
-        headers = request.headers
-        named = dict(headers)
-        if b"x-forwarded-client-cert" in named:
-            headers = tuple(pair for pair in headers if pair[0] != b"x-forwarded-client-cert")
-        if b"x-request-id" not in named:
-            bits = b"%032x" % self.tracer.random_bits()
-            request_id = b"%b-%b-4%b-a%b-%b" % (bits[:8], bits[8:12], bits[13:16], bits[17:20], bits[20:])
-            headers += ((b"x-request-id", request_id),)
-        traceparent = named.get(b"traceparent")
-        span = self.tracer.span(traceparent) if self.tracer.exporting else None
-        if span is not None:
-            exchange.context = span
-            headers = (*(pair for pair in headers if pair[0] != b"traceparent"), (b"traceparent", span.header))
-        elif traceparent is None:
-            headers += ((b"traceparent", self.tracer.start()),)
-        # One that is there passes as it is, well-formed or not: we take no part in that trace.
-        if headers is request.headers:
-            return request
-        return RequestHead(
-            request.method, request.path, request.query, request.authority, headers, request.content_length,
-            request.chunked, request.keep_alive, request.http_minor, request.expects_continue, request.upgrade,
-            request.te_trailers,
-        )  # fmt: skip
-
-    # ---- for exchanges
-
-    def finished(self, exchange: Exchange) -> None:
-        """Exchange callback: the accounts."""
-        ended_at = self.reactor.time()
-        latency_ms = (ended_at - exchange.started_at) * 1000.0
-        bucket = bisect.bisect_left(LATENCY_BOUNDS_MS, latency_ms)
-        kind = exchange.status // 100
-        metrics = self.metrics
-        metrics.classes[kind] += 1
-        metrics.latency.observe(latency_ms, bucket)
-        metrics.bytes_received += exchange.bytes_received
-        metrics.bytes_sent += exchange.bytes_sent
-        target_metrics = self.target.metrics
-        target_metrics.active -= 1
-        if exchange.attempts:
-            target_metrics.classes[kind] += 1
-            target_metrics.latency.observe(latency_ms, bucket)
-        if self.access_log is not None:
-            self.access_log.add(self._record(exchange, ended_at))
-        if isinstance(exchange.context, TraceContext):
-            self.tracer.record(self._span(exchange, exchange.context, ended_at))
-
-    def _record(self, exchange: Exchange, ended_at: float) -> LogRecord:
-        head = exchange.forwarded
-        named = dict(head.headers)
-        duration_s = ended_at - exchange.started_at
-        return LogRecord(
-            started_at_s=time.time() - duration_s,
-            method=head.method,
-            path=head.target,
-            protocol=b"HTTP/1.1" if head.http_minor else b"HTTP/1.0",
-            status=exchange.status,
-            flags=exchange.flags,
-            bytes_received=exchange.bytes_received,
-            bytes_sent=exchange.bytes_sent,
-            duration_s=duration_s,
-            upstream_service_time_s=duration_s if exchange.attempts and not exchange.flags else None,
-            forwarded_for=named.get(b"x-forwarded-for", b""),
-            user_agent=named.get(b"user-agent", b""),
-            request_id=named.get(b"x-request-id", b""),
-            authority=head.authority,
-            upstream_host=exchange.endpoint_host,
-        )
-
-    def _span(self, exchange: Exchange, context: TraceContext, ended_at: float) -> Span:
-        end_ns = time.time_ns()
-        head = exchange.forwarded
-        service = self.metrics.labels.get("local_cluster", "")
-        return Span(
-            context=context,
-            name=f"{'inbound' if self.inbound else 'outbound'} {head.method.decode()}",
-            inbound=self.inbound,
-            start_ns=end_ns - int((ended_at - exchange.started_at) * 1e9),
-            end_ns=end_ns,
-            status=exchange.status,
-            attributes={
-                "mesh.service": service,
-                "http.request.method": head.method.decode(),
-                "url.path": head.path.decode("latin-1"),
-                "server.address": head.authority.decode("latin-1"),
-                "http.response.status_code": exchange.status,
-                "network.peer.address": exchange.endpoint_host,
-            },
-        )
-
-    def drain(self) -> None:
-        """Requests under way finish; idle connections close."""
-        self.draining = True
-        for accepted in tuple(self.accepted):
-            if accepted.exchange is None:
-                accepted.close()
-        self.target.close()
