@@ -9,7 +9,13 @@ last configuration when its agent goes away.
 | `Configure(config)` | `Ack(version)`, or `Nack(version, error)`: the previous configuration stays in force |
 | `Ping()` | `Pong(...)` |
 | `Stats()` | `StatsReply(prometheus, counters)` |
-| `Drain(deadline_s)` | `Ack(version)`, then it stops accepting, finishes what is open, and exits |
+| `Drain(deadline_s, ...)` | `Ack(version)`, then it stops accepting, finishes what is open, and exits |
+| `Adopt(keys)` and sockets | `Ack(version)`: they are used where the next configuration has such a listener |
+| `Handover(offset)` | `HandoverReply(keys, remaining)` and the sockets that it listens on, from the offset on |
+
+Versions: `Pong.protocol` says which requests a worker knows, and decides what an agent asks of it. Fields are only ever
+added, with defaults; a message that the other side does not know is never sent to it. 1: Configure, Ping, Stats, Drain.
+2: Adopt, Handover, and Drain's `idle_s` and `outbound_s`.
 """
 
 import struct
@@ -18,8 +24,11 @@ import msgspec
 import trio
 
 from mesh.errors import ProtocolError, Unreachable
+from mesh.proxy.resources import ListenerKey
 from mesh.proxy.sidecar_config import WorkerConfig
 from mesh.wire import WIRE_BYTES_MAX, Codec
+
+PROTOCOL = 2
 
 _LENGTH = struct.Struct(">I")
 
@@ -39,9 +48,28 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
 
 
 class Drain(msgspec.Struct, frozen=True, tag=True):
-    """Stop accepting; exit when the last exchange is done, or after `deadline_s` at the latest."""
+    """Stop accepting; exit when the last exchange is done, or after `deadline_s` at the latest.
+
+    `idle_s`: how long connections without a request stay open for one, which is answered with `connection: close`;
+    closing them at once can hit a request that is just being sent. `outbound_s`: outbound listeners go on accepting at
+    least so long, and while inbound requests are under way: an application that shuts down still calls others.
+    """
 
     deadline_s: float = 10.0
+    idle_s: float = 0.0
+    outbound_s: float = 0.0
+
+
+class Adopt(msgspec.Struct, frozen=True, tag=True):
+    """The sockets that come with this listen on these addresses: use them, and bind none of your own there."""
+
+    keys: tuple[ListenerKey, ...]
+
+
+class Handover(msgspec.Struct, frozen=True, tag=True):
+    """Give me copies of the sockets that you listen on, without the first `offset` ones (sorted by address)."""
+
+    offset: int = 0
 
 
 class Ack(msgspec.Struct, frozen=True, tag=True):
@@ -65,6 +93,7 @@ class Pong(msgspec.Struct, frozen=True, tag=True):
     config_version: int
     package_version: str
     draining: bool = False
+    protocol: int = 1  # what a worker speaks that does not say
 
 
 class StatsReply(msgspec.Struct, frozen=True, tag=True):
@@ -74,8 +103,15 @@ class StatsReply(msgspec.Struct, frozen=True, tag=True):
     counters: dict[str, float]
 
 
-Request = Configure | Ping | Stats | Drain
-Reply = Ack | Nack | Pong | StatsReply
+class HandoverReply(msgspec.Struct, frozen=True, tag=True):
+    """One socket comes with it for each of `keys`; `remaining` ones are left for the next `Handover`."""
+
+    keys: tuple[ListenerKey, ...]
+    remaining: int
+
+
+Request = Configure | Ping | Stats | Drain | Adopt | Handover
+Reply = Ack | Nack | Pong | StatsReply | HandoverReply
 
 REQUESTS: Codec[Request] = Codec(Request)
 REPLIES: Codec[Reply] = Codec(Reply)

@@ -1,5 +1,6 @@
 """A listening socket: accepts in bounded batches, and survives running out of descriptors."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -8,12 +9,11 @@ from typing import Protocol
 
 from agent.dataplane.metrics import ListenerMetrics
 from agent.dataplane.reactor import READABLE, Reactor
-from mesh.errors import ConfigError
+from agent.dataplane.sockets import BACKLOG, listen
 from mesh.proxy.resources import ListenerKey
 
 _LOG = logging.getLogger("mesh.dataplane")
 
-BACKLOG = 4096  # the kernel caps it at net.core.somaxconn
 ACCEPTS_MAX = 32  # per turn: a flood of connections may not starve the ones that are open
 EXHAUSTED_PAUSE_S = 0.1
 
@@ -55,25 +55,23 @@ class ReservedDescriptor:
 class Listener:
     """One bound address. Its acceptor can be replaced while connections stay open."""
 
-    def __init__(self, reactor: Reactor, key: ListenerKey, reserved: ReservedDescriptor) -> None:
-        """Binds. Raises ConfigError naming the address when it cannot."""
+    def __init__(
+        self, reactor: Reactor, key: ListenerKey, reserved: ReservedDescriptor, sock: socket.socket | None = None
+    ) -> None:
+        """Takes over a listening socket, or binds one. Raises ConfigError naming the address when it cannot."""
         self.key = key
         self._reactor = reactor
         self._reserved = reserved
         self._acceptor: Acceptor | None = None
         self._exhausted_logged = False
         self._suspended = False
-        family = socket.AF_INET6 if ":" in key.address else socket.AF_INET
-        self._sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._sock.settimeout(0)
-            self._sock.bind((key.address, key.port))
-            self._sock.listen(BACKLOG)
-        except OSError as error:
-            self._sock.close()
-            raise ConfigError(f"cannot listen on {key.address} port {key.port}: {error.strerror or error}") from error
+        self._sock = sock or listen(key)
         self._descriptor = self._sock.fileno()
+
+    @property
+    def sock(self) -> socket.socket:
+        """The listening socket, for a successor."""
+        return self._sock
 
     def serve(self, acceptor: Acceptor) -> None:
         """Hands connections to an acceptor from now on."""
@@ -84,21 +82,26 @@ class Listener:
 
     def ready(self, mask: int) -> None:
         """Reactor callback."""
+        self._accept_some()
+
+    def _accept_some(self) -> bool:
+        """Whether there may be more to accept."""
         acceptor = self._acceptor
         assert acceptor is not None
         for _ in range(ACCEPTS_MAX):
             try:
                 sock, address = self._sock.accept()
             except BlockingIOError:
-                return
+                return False
             except ConnectionError:
                 continue  # it was gone before we came
             except OSError as error:
                 if error.errno not in _EXHAUSTED:
                     raise
                 self._shed(acceptor, error)
-                return
+                return False
             self._take(acceptor, sock, address)
+        return True
 
     def _take(self, acceptor: Acceptor, sock: socket.socket, address: tuple[str, int]) -> None:
         acceptor.metrics.connections += 1
@@ -147,8 +150,12 @@ class Listener:
         """Reactor callback: an accept failed in a way of its own; the listener stays."""
 
     def close(self) -> None:
-        """Stops accepting; open connections stay."""
+        """Accepts what waits already, then nothing more; open connections stay."""
         if self._acceptor is not None:
+            with contextlib.suppress(OSError):
+                for _ in range(0, BACKLOG, ACCEPTS_MAX):
+                    if self._suspended or not self._accept_some():
+                        break
             self._acceptor = None
             self._reactor.close(self._descriptor, self._sock, suspended=self._suspended)
         else:

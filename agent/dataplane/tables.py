@@ -1,6 +1,9 @@
 """What a worker serves at the moment, and the way from one configuration to the next: all of it, or none."""
 
 import random
+import socket
+from collections.abc import Mapping
+from functools import partial
 
 from agent.dataplane.access_log import AccessLog
 from agent.dataplane.identity import SidecarIdentity
@@ -17,6 +20,8 @@ from mesh.proxy.resources import ListenerKey, ServedListener, changes
 from mesh.proxy.sidecar_config import InboundListener, SidecarConfig, WorkerConfig, check
 
 SPANS_TIMEOUT_S = 2.0  # for the last spans, when the worker ends
+DEPARTED_IDLE_S = 5.0  # of connections to a listener that left the configuration: their next request is their last
+DEPARTED_TIMEOUT_S = 600.0  # after it, policy no longer reaches those that are still open; Envoy's drain time
 
 Service = InboundHttp | InboundTcp | OutboundHttp | OutboundTcp
 
@@ -69,6 +74,7 @@ class Tables:
         self._rng = rng
         self._reserved = ReservedDescriptor()
         self._listeners: dict[ListenerKey, Listener] = {}
+        self._adopted: dict[ListenerKey, socket.socket] = {}  # for listeners of the configuration to come
         self._services: dict[tuple[str, str, str, str, int], Service] = {}
         self._drained: list[Service] = []  # of former configurations, with connections still open
         self._identities: _Identities = {}
@@ -90,14 +96,17 @@ class Tables:
             for path in sorted({sidecar.access_log.path for sidecar in config.sidecars} - {""} - set(self._logs)):
                 opened_logs[path] = AccessLog(path)
             # A listener that is already bound (left over from a NACK, say) is never bound twice.
-            bound.extend(Listener(self._reactor, key, self._reserved) for key in change.opened)
+            for key in change.opened:
+                bound.append(Listener(self._reactor, key, self._reserved, self._adopted.pop(key, None)))
             former_tracer = self._replace_tracer(config)
         except ConfigError:
             for listener in bound:
                 listener.close()
             for log in opened_logs.values():
                 log.close()
+            self._drop_adopted()
             raise
+        self._drop_adopted()
         # Nothing below can fail.
         self._logs.update(opened_logs)
         self._identities = identities
@@ -155,8 +164,9 @@ class Tables:
             self._services[item.service_key] = service
             self._listeners[item.key].serve(service)
         for service in before.values():
-            service.drain()
+            service.drain(idle_s=DEPARTED_IDLE_S)
             self._drained.append(service)
+            self._reactor.call_at(self._reactor.now + DEPARTED_TIMEOUT_S, partial(_abort_all, service))
         self._drained = [service for service in self._drained if service.accepted]
 
     def _new_service(self, item: ServedListener) -> Service:
@@ -168,6 +178,25 @@ class Tables:
             return kind(self._reactor, metrics, target, self._tracer)
         return (InboundTcp if inbound else OutboundTcp)(self._reactor, metrics, target)
 
+    # ---- sockets that other workers have, or had
+
+    def adopt(self, sockets: Mapping[ListenerKey, socket.socket]) -> None:
+        """Keeps listening sockets for the next configuration; what it does not name is closed then."""
+        for key, sock in sockets.items():
+            former = self._adopted.pop(key, None)
+            if former is not None:
+                former.close()
+            self._adopted[key] = sock
+
+    def _drop_adopted(self) -> None:
+        for sock in self._adopted.values():
+            sock.close()
+        self._adopted.clear()
+
+    def listening(self) -> tuple[tuple[ListenerKey, socket.socket], ...]:
+        """Every listening socket, by address and port."""
+        return tuple((key, self._listeners[key].sock) for key in sorted(self._listeners))
+
     # ---- life
 
     @property
@@ -175,20 +204,33 @@ class Tables:
         """Accepted connections, those of former configurations included."""
         return sum(len(service.accepted) for service in (*self._services.values(), *self._drained))
 
-    def drain(self) -> None:
-        """Stops accepting; what is under way finishes."""
-        for listener in self._listeners.values():
-            listener.close()
-        self._listeners.clear()
-        for service in self._services.values():
-            service.drain()
+    @property
+    def open_inbound(self) -> int:
+        """Of these, the ones that others opened to the local applications."""
+        services = (*self._services.values(), *self._drained)
+        return sum(len(service.accepted) for service in services if _is_inbound(service))
+
+    @property
+    def has_outbound(self) -> bool:
+        """Whether an application calls others through this worker."""
+        return not all(map(_is_inbound, self._services.values()))
+
+    def drain(self, *, idle_s: float = 0.0, inbound_only: bool = False) -> None:
+        """Stops accepting; what is under way finishes, and idle connections have `idle_s` for one more request."""
+        for (*_, address, port), service in self._services.items():
+            if inbound_only and not _is_inbound(service):
+                continue
+            listener = self._listeners.pop(ListenerKey(address, port), None)
+            if listener is not None:
+                listener.close()
+                service.drain(idle_s=idle_s)
 
     def close(self) -> None:
         """Ends whatever is still open."""
         self.drain()
+        self._drop_adopted()
         for service in (*self._services.values(), *self._drained):
-            for accepted in tuple(service.accepted):
-                accepted.abort()
+            _abort_all(service)
         self.flush_logs()
         self._tracer.shutdown(wait_s=SPANS_TIMEOUT_S)
 
@@ -206,6 +248,15 @@ class Tables:
             result.extend(service.target.metrics.samples())
         result.append(("mesh_access_log_dropped", {}, sum(log.dropped for log in self._logs.values())))
         return result
+
+
+def _is_inbound(service: Service) -> bool:
+    return isinstance(service, InboundHttp | InboundTcp)
+
+
+def _abort_all(service: Service) -> None:
+    for accepted in tuple(service.accepted):
+        accepted.abort()
 
 
 def _dialed_addresses(config: WorkerConfig) -> set[str]:

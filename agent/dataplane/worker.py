@@ -19,30 +19,36 @@ from pathlib import Path
 import trio
 
 from agent.dataplane.control import (
+    PROTOCOL,
     REQUESTS,
     Ack,
+    Adopt,
     Configure,
     Drain,
     FrameReader,
+    Handover,
+    HandoverReply,
     Nack,
     Ping,
     Pong,
     Reply,
-    Request,
     Stats,
     StatsReply,
     frame,
 )
+from agent.dataplane.descriptors import SOCKETS_PER_FRAME_MAX, DescriptorStream
 from agent.dataplane.metrics import Sample, exposition, sample_name
 from agent.dataplane.reactor import Reactor
 from agent.dataplane.tables import Tables
 from agent.version import VERSION
 from mesh.errors import ConfigError, MeshError
+from mesh.proxy.resources import ListenerKey
 
 _LOG = logging.getLogger("mesh.dataplane")
 
 AGENT_GRACE_S = 2.0  # --exit-with-agent: a new agent may take over within this time
 DRAIN_TIMEOUT_S = 10.0
+OUTBOUND_LAST_S = 2.0  # before the drain's end, outbound requests have to finish too
 REPLY_TIMEOUT_S = 10.0  # an agent that does not read its replies is gone
 LOG_FLUSH_INTERVAL_S = 1.0
 DRAIN_CHECK_INTERVAL_S = 0.02
@@ -64,8 +70,9 @@ class Worker:
         self._current: trio.CancelScope | None = None  # the connection of the agent that counts
         self._draining = False
         self._frozen_at = float("-inf")
-        self._drain_deadline_s = DRAIN_TIMEOUT_S
+        self._drain = Drain(DRAIN_TIMEOUT_S)
         self._drain_asked = trio.Event()
+        self._drain_changed = trio.Event()
         self._agent_lost_at = float("inf")
 
     async def run(self, listener: trio.SocketListener) -> None:
@@ -79,18 +86,41 @@ class Worker:
                 nursery.start_soon(self._watch_agent)
             nursery.start_soon(self._accept_agents, listener, nursery)
             await self._drain_asked.wait()
-            self._draining = True
-            self._tables.drain()
-            with trio.move_on_after(self._drain_deadline_s):
-                await self._wait_idle()
+            await self._finish_all()
             self._tables.close()
             self._reactor.turn()  # closes what has just been closed
             nursery.cancel_scope.cancel()
         self._reactor.dispose()
 
-    async def _wait_idle(self) -> None:
+    async def _finish_all(self) -> None:
+        """Inbound first: callers have been told to go elsewhere, while the application may still call others. Returns
+        when nothing is open, or at the deadline. A drain that is asked for anew, more urgently, ends the one before.
+        """
+        began = trio.current_time()
+        self._draining = True
         while True:
-            if not self._tables.open_connections:
+            self._drain_changed = trio.Event()
+            drain = self._drain
+            deadline = began + drain.deadline_s
+            self._tables.drain(idle_s=drain.idle_s, inbound_only=drain.outbound_s > 0)
+            with trio.move_on_at(deadline):
+                if drain.outbound_s > 0:
+                    with trio.move_on_at(deadline - OUTBOUND_LAST_S):
+                        await self._wait_inbound_over(began + drain.outbound_s)
+                    self._tables.drain(idle_s=drain.idle_s)
+                await self._wait_over()
+            if not self._drain_changed.is_set():
+                return
+
+    async def _wait_over(self) -> None:
+        while True:
+            if not self._tables.open_connections or self._drain_changed.is_set():
+                return
+            await trio.sleep(DRAIN_CHECK_INTERVAL_S)
+
+    async def _wait_inbound_over(self, earliest: float) -> None:
+        while self._tables.has_outbound and not self._drain_changed.is_set():
+            if trio.current_time() >= earliest and not self._tables.open_inbound:
                 return
             await trio.sleep(DRAIN_CHECK_INTERVAL_S)
 
@@ -148,18 +178,36 @@ class Worker:
             self._agent_lost_at = float("inf")
 
     async def _answer_all(self, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
-        reader = FrameReader(stream)
-        while True:
-            data = await reader.read()
-            if data is None:
-                return
-            request = REQUESTS.decode(data)
-            self._take_over(scope)
-            reply = self._answer(request)
-            with trio.fail_after(REPLY_TIMEOUT_S):
-                await stream.send_all(frame(reply))
+        frames = DescriptorStream(stream)
+        reader = FrameReader(frames)
+        try:
+            while (data := await reader.read()) is not None:
+                request = REQUESTS.decode(data)
+                self._take_over(scope)
+                sockets: tuple[socket.socket, ...] = ()
+                match request:
+                    case Adopt(keys=keys):
+                        reply = self._adopt(keys, frames.take(len(keys)))
+                    case Handover(offset=offset):
+                        reply, sockets = self._hand_over(offset)
+                    case _:
+                        reply = self._answer(request)
+                with trio.fail_after(REPLY_TIMEOUT_S):
+                    await frames.send(frame(reply), sockets)
+        finally:
+            frames.discard()
 
-    def _answer(self, request: Request) -> Reply:
+    def _adopt(self, keys: tuple[ListenerKey, ...], sockets: tuple[socket.socket, ...]) -> Reply:
+        self._tables.adopt(dict(zip(keys, sockets, strict=True)))
+        return Ack(self._tables.config.version)
+
+    def _hand_over(self, offset: int) -> tuple[Reply, tuple[socket.socket, ...]]:
+        listening = self._tables.listening()
+        given = listening[offset : offset + SOCKETS_PER_FRAME_MAX]
+        remaining = max(0, len(listening) - offset - len(given))
+        return HandoverReply(tuple(key for key, _ in given), remaining), tuple(sock for _, sock in given)
+
+    def _answer(self, request: Configure | Ping | Stats | Drain) -> Reply:
         match request:
             case Configure(config=config):
                 if self._draining:
@@ -182,9 +230,10 @@ class Worker:
                 samples = [*self._tables.samples(), *self._own_samples()]
                 counters = {sample_name(name, labels): value for name, labels, value in samples}
                 return StatsReply(exposition(samples), counters)
-            case Drain(deadline_s=deadline_s):
-                self._drain_deadline_s = deadline_s
+            case Drain():
+                self._drain = request
                 self._drain_asked.set()
+                self._drain_changed.set()
                 return Ack(self._tables.config.version)
 
     def _freeze(self) -> None:
@@ -203,6 +252,7 @@ class Worker:
             config_version=self._tables.config.version,
             package_version=VERSION,
             draining=self._draining,
+            protocol=PROTOCOL,
         )
 
     def _own_samples(self) -> list[Sample]:
