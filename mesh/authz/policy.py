@@ -119,7 +119,7 @@ class Policy:
         self._otherwise: Verdict | Requests = default
         self._by_source: dict[str, Verdict | Requests] = {}
         for rule in rules:
-            decider = self._compile(rule, default_allow, service, http=http, audit=audit or rule.audit)
+            decider = self._compile(rule, service, default_allow=default_allow, http=http, audit=audit or rule.audit)
             if rule.source == WILDCARD:
                 self._otherwise = decider
                 break  # it decides for everyone; what follows has lower precedence
@@ -129,9 +129,9 @@ class Policy:
 
     @staticmethod
     def _compile(
-        rule: SourceRule, default_allow: bool, service: str, *, http: bool, audit: bool
+        rule: SourceRule, service: str, *, default_allow: bool, http: bool, audit: bool
     ) -> "Verdict | Requests":
-        name = f"{rule.source}=>{service if rule.precedence >= 8 else WILDCARD}"  # noqa: PLR2004 - Consul's numbers
+        name = f"{rule.source}=>{service if rule.precedence >= 8 else WILDCARD}"
         if not rule.permissions:
             action = "allow" if rule.action == "allow" else "deny"
             return _verdict(f"{name} {action}", allowed=action == "allow", audit=audit)
@@ -139,12 +139,14 @@ class Policy:
             return _verdict(f"{name} needs http", allowed=False, audit=audit)
         try:
             conditions = [
-                _condition(one, _verdict(f"{name} permission {at} {one.action}", one.action == "allow", audit=audit))
+                _condition(
+                    one, _verdict(f"{name} permission {at} {one.action}", allowed=one.action == "allow", audit=audit)
+                )
                 for at, one in enumerate(rule.permissions, start=1)
             ]
         except (ConfigError, UnicodeError):
             return Verdict(allowed=False, rule=f"{name} cannot be understood")
-        otherwise = _verdict("" if default_allow else f"{name} no permission", default_allow, audit=audit)
+        otherwise = _verdict("" if default_allow else f"{name} no permission", allowed=default_allow, audit=audit)
         return Requests(conditions, otherwise)
 
     def verdict(self, source: str, head: RequestHead) -> Verdict:
@@ -170,7 +172,7 @@ class Policy:
         return decider.foresee(method, path)
 
 
-def _verdict(rule: str, allowed: bool, *, audit: bool) -> Verdict:
+def _verdict(rule: str, *, allowed: bool, audit: bool) -> Verdict:
     if audit and not allowed:
         return Verdict(allowed=True, rule=rule, audit_denied=True)
     return Verdict(allowed=allowed, rule=rule)

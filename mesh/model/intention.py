@@ -2,7 +2,7 @@
 
 Audit mode is asked for in metadata, which every client of Consul's API carries through unharmed: key `mesh-intentions`,
 value `audit` (or `enforce`, as is the rule), on a rule, on a service-intentions entry for all its rules, on
-service-defaults or proxy-defaults for whole services. On an entry, `mesh-intentions/web` is about its source `web` only.
+service-defaults or proxy-defaults for whole services. On an entry, `mesh-intentions/web` is about source `web` only.
 """
 
 from collections.abc import Mapping

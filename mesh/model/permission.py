@@ -1,12 +1,12 @@
 """One L7 permission of an intention: which requests, and whether they may come in.
 
-Permissions are stored as they were written (a JSON object with Consul's field names); `permission_of` is the one reading
-of that shape, used to judge a write and to make what a sidecar enforces. What is allowed follows Consul's
+Permissions are stored as they were written (a JSON object with Consul's field names); `permission_of` is the one
+reading of that shape, used to judge a write and to make what a sidecar enforces. What is allowed follows Consul's
 service-intentions entry: HTTP is required and says something, at most one kind of path, exactly one kind per header.
 """
 
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Literal
 
 import msgspec
 
@@ -32,6 +32,13 @@ _HTTP_FIELDS = frozenset(("PathExact", "PathPrefix", "PathRegex", "Header", "Met
 _HEADER_FIELDS = frozenset(
     ("Name", "Present", "Exact", "Prefix", "Suffix", "Contains", "Regex", "Invert", "IgnoreCase")
 )
+
+_PSEUDO_HEADERS = (":authority", ":method", ":path")
+# Consumed by each hop before policy sees a request: a rule about one would never hold.
+_UNSEEN_HEADERS = frozenset(
+    ("connection", "keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization", "te", "trailer",
+     "http2-settings")
+)  # fmt: skip
 
 
 class Permission(msgspec.Struct, frozen=True):
@@ -66,7 +73,7 @@ def permission_of(stored: Mapping[str, object], where: str) -> Permission:
     methods = _methods_of(http, where)
     if path is None and not headers and not methods:
         raise Refused(f"{where} should not be empty")
-    return Permission(cast(Literal["allow", "deny"], action), path, methods, headers)
+    return Permission(action, path, methods, headers)
 
 
 def _require_known(given: Mapping[str, object], known: frozenset[str], where: str) -> None:
