@@ -19,7 +19,11 @@ A server (one object per accepted connection; works the same for a Trio task and
 
 `content_length=None` makes the codec choose: chunked for HTTP/1.1, until-close for HTTP/1.0. For HEAD, 204 and 304 body
 bytes are swallowed. Feed the next `receive_data` only when the requests already returned are answered: that bounds
-memory, because one call returns no more than its input held. At the peer's end of stream call `receive_eof()`.
+memory, because one call returns no more than its input held (one piece of body per message, however small its chunks).
+At the peer's end of stream call `receive_eof()`.
+
+Paths are normalised as `ServerConnection(path_policy)` says, or `connection.path_policy = ...` at any time; one that
+redirects does so by a Rejected with status 307 and a location, which `reject` answers like any other.
 
 A client: `ClientConnection`: `send_request(head) -> bytes`, `send_body`, `end`, and the same receive side with
 ResponseHead events; a 1xx head (101 apart) is an event of its own with no EndOfMessage after it.
@@ -38,6 +42,7 @@ from typing import Final, NoReturn
 from mesh.errors import ProtocolError
 from mesh.http.events import END, EndOfMessage, Rejected, RequestEvent, ResponseEvent, Trailers
 from mesh.http.head import Headers, RequestHead, ResponseHead, response_has_body
+from mesh.http.path import DEFAULT_POLICY, PathPolicy
 from mesh.http.receive_request import RequestReceiver
 from mesh.http.receive_response import ResponseReceiver
 
@@ -113,8 +118,8 @@ class ServerConnection(RequestReceiver):
 
     __slots__ = ("_sender", "must_close")
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, path_policy: PathPolicy = DEFAULT_POLICY) -> None:
+        super().__init__(path_policy)
         self._sender = _Sender()
         self.must_close = False  # after the current response (set it yourself to close sooner, as when draining)
 

@@ -1,14 +1,32 @@
 """Receiving requests: see `h1`."""
 
+import re
+
 import httptools
 
 from mesh.errors import ProtocolError
+from mesh.http.chunked import ChunkReader
 from mesh.http.events import END, Rejected, RequestEvent
 from mesh.http.head import HOP_BY_HOP, RequestHead, is_authority, tokens
-from mesh.http.path import normalize_path
-from mesh.http.receiver import Receiver, Refusal, read_content_length, without_nominated
+from mesh.http.path import DEFAULT_POLICY, PathPolicy, PathRedirect, normalize_path
+from mesh.http.receiver import (
+    HEAD_BYTES_MAX,
+    HEAD_END,
+    HEADERS_MAX,
+    Receiver,
+    Refusal,
+    read_content_length,
+    too_large,
+    without_nominated,
+)
 
 TARGET_BYTES_MAX = 8 * 1024  # RFC 9112 section 3 asks for at least 8000
+LINE_BYTES_MAX = TARGET_BYTES_MAX + 64  # with the method and the version
+
+# Exactly one space between the parts: lenient readers disagree about more (RFC 9112 section 3).
+_REQUEST_LINE = re.compile(rb"[A-Z-]+ [!-~]+ HTTP/1\.[01]\r\n")
+_OTHER_VERSION = re.compile(rb"(?!PRI )[A-Z-]+ [!-~]+ HTTP/[0-9]\.[0-9]\r\n")
+_BLANK_LINES = b"\r\n\r\n"
 
 
 def _folded_spellings(name: bytes) -> frozenset[bytes]:
@@ -33,14 +51,18 @@ _REFUSED_METHODS = frozenset((b"CONNECT", b"TRACE"))
 class RequestReceiver(Receiver[httptools.HttpRequestParser]):
     """The receiving half of a server's connection."""
 
-    __slots__ = ("_last_head", "_resumed", "_skip_end", "_target")
+    __slots__ = ("_blank", "_head", "_http_minor", "_keep_alive", "_line", "_tail", "_target", "path_policy")
 
-    def __init__(self) -> None:
+    def __init__(self, path_policy: PathPolicy = DEFAULT_POLICY) -> None:
         super().__init__()
+        self.path_policy = path_policy  # for the heads still to come
+        self._blank = 0  # bytes of empty lines before the request line
+        self._line = b""  # what has come of the request line, until it is judged
+        self._tail = b""  # the last bytes read of an unfinished head
         self._target = b""
-        self._resumed = False  # feeding a made-up head, to read the body of a request whose upgrade was stripped
-        self._skip_end = False
-        self._last_head: RequestHead | None = None
+        self._http_minor = 1
+        self._head: RequestHead | None = None  # just read
+        self._keep_alive = True  # after the message being received
         self._parser = httptools.HttpRequestParser(self)
 
     def receive_data(self, data: bytes) -> list[RequestEvent]:
@@ -55,80 +77,127 @@ class RequestReceiver(Receiver[httptools.HttpRequestParser]):
 
     def receive_eof(self) -> list[RequestEvent]:
         """The peer ended its stream: a Rejected when that was in the middle of a message, else nothing."""
-        if self.closed or (self._in_head and not self._fed_in_head):
+        if self.closed or not self.mid_message:
             self.closed = True
             return []
         self.closed = True
         return [Rejected(400, "the request ended early")]
 
-    def on_message_begin(self) -> None:
-        """llhttp callback."""
-        if self._resumed:
-            return
-        if self.closed:
-            raise Refusal(400, "the connection takes no further request")
-        self._in_head = True
-        self._target = b""
+    def _receive_head(self, data: bytes, position: int) -> int:
+        if not self._head_bytes:
+            if data[position] <= 0x20 or self._blank:
+                position = self._skip_blank(data, position)
+                if position == len(data):
+                    return position
+            match = _REQUEST_LINE.match(data, position)
+            if match is None:
+                self._judge_line(data[position : position + LINE_BYTES_MAX + 1])
+            else:
+                self._http_minor = data[match.end() - 3] - 0x30
+            found = data.find(HEAD_END, position)
+        else:
+            if self._line:
+                self._judge_line(data[: LINE_BYTES_MAX + 1])
+            found = (self._tail + data).find(HEAD_END)
+        if found < 0:
+            return self._receive_partial_head(data, position)
+        end = found + 4 - len(self._tail)
+        head = data if not position and end == len(data) else data[position:end]
+        self._head_bytes += len(head)
+        upgrade = self._feed_parser(head)
+        read = self._head
+        if read is None:
+            raise Refusal(400, "the head does not end where it seems to")  # as far as we know this cannot be
+        self._head = None
         self._raw = []
+        self._target = b""
+        if self._blank or self._tail:
+            self._blank = 0
+            self._tail = b""
+        if upgrade or read.chunked or read.content_length:
+            self._begin_message(read)
+        else:
+            self._events += (read, END)
+            self._head_bytes = 0
+            if not read.keep_alive:
+                self.closed = True
+        return end
+
+    def _receive_partial_head(self, data: bytes, position: int) -> int:
+        piece = data[position:]
+        self._head_bytes += len(piece)
+        self._feed_parser(piece)
+        self._tail = (self._tail + piece)[-3:]
+        if self._head_bytes > HEAD_BYTES_MAX or len(self._raw) > HEADERS_MAX:
+            raise too_large()
+        return len(data)
+
+    def _skip_blank(self, data: bytes, position: int) -> int:
+        """Past CRLFs before a request line: some clients send one behind a body (RFC 9112 section 2.2)."""
+        while position < len(data) and self._blank < 4 and data[position] == _BLANK_LINES[self._blank]:
+            position += 1
+            self._blank += 1
+        if position < len(data) and (self._blank % 2 or data[position] <= 0x20):
+            raise Refusal(400, "the request begins with neither a method nor at most two empty lines")
+        return position
+
+    def _judge_line(self, data: bytes) -> None:
+        """Looks at a request line that is unusual, or comes in pieces. Raises Refusal."""
+        begun = len(self._line)
+        line = self._line + data
+        end = line.find(b"\n") + 1
+        if not end:
+            self._line = line
+            if len(line) > LINE_BYTES_MAX:
+                raise Refusal(414, "the request line is too long")
+            return
+        self._line = b""
+        match = _REQUEST_LINE.match(line)
+        if match is not None:
+            self._http_minor = line[match.end() - 3] - 0x30
+            return
+        self._feed_parser(line[begun:end])  # llhttp may know better what is wrong with it
+        if _OTHER_VERSION.fullmatch(line, 0, end) is not None:
+            raise Refusal(505, "the HTTP version is not supported")
+        raise Refusal(400, "the request line is not a method, a target and a version with one space between")
+
+    def _begin_message(self, head: RequestHead) -> None:
+        """A body follows, or something else than HTTP."""
+        self._events.append(head)
+        self._parser = httptools.HttpRequestParser(self)  # the one we have waits for the body, or for nothing any more
+        self._keep_alive = head.keep_alive
+        if head.chunked:
+            self._in_head = False
+            self._chunks = ChunkReader()
+        elif head.content_length:
+            self._in_head = False
+            self._remaining = head.content_length
+        else:
+            self._end_message()
+            if head.upgrade:
+                self.closed = self.upgraded = True
+
+    def _end_message(self) -> None:
+        super()._end_message()
+        if not self._keep_alive:
+            self.closed = True
 
     def on_url(self, url: bytes) -> None:
         """llhttp callback."""
         self._target += url
-        if len(self._target) > TARGET_BYTES_MAX and not self._resumed:
+        if len(self._target) > TARGET_BYTES_MAX:
             raise Refusal(414, f"the request target is longer than {TARGET_BYTES_MAX} bytes")
 
     def on_headers_complete(self) -> None:
         """llhttp callback."""
-        if self._resumed:
-            return
-        head = self._read_head()
-        self._in_head = False
-        self._fed_in_head = 0
-        self._chunks = 0 if head.chunked else -1
-        self._body_overhead = 0
-        self._events.append(head)
-        self._last_head = head
-        if head.has_body and self._parser.should_upgrade():
-            self._skip_end = True  # llhttp ends the message here; its body is still to come
-
-    def on_message_complete(self) -> None:
-        """llhttp callback."""
-        if self._skip_end:
-            self._skip_end = False
-            return
-        self._events.append(END)
-        self._in_head = True
-        self._fed_in_head = 0
-        if self._last_head is not None and not self._last_head.keep_alive:
-            self.closed = True
-
-    def _receive_upgrade(self, rest: bytes) -> bytes:
-        head = self._last_head
-        assert head is not None
-        if head.upgrade:
-            return super()._receive_upgrade(rest)
-        # An upgrade that is not offered (h2c, say) is stripped; llhttp has stopped before the body, so a fresh parser
-        # is told the framing in a head of our own.
-        self._parser = httptools.HttpRequestParser(self)
-        if head.has_body:
-            self._resumed = True
-            framing = b"transfer-encoding: chunked"
-            if head.content_length is not None:
-                framing = b"content-length: %d" % head.content_length
-            self._parser.feed_data(b"POST / HTTP/1.1\r\n" + framing + b"\r\n\r\n")
-            self._resumed = False
-            self._in_head = False
-        return rest
+        self._head = self._read_head()
 
     def _read_head(self) -> RequestHead:
         method = self._parser.get_method()
         if method in _REFUSED_METHODS:
             raise Refusal(405, f"{method.decode()} is not served here")
-        version = self._parser.get_http_version()
-        if version not in ("1.1", "1.0"):
-            raise Refusal(505, f"HTTP version {version} is not supported")
-        http_minor = 1 if version == "1.1" else 0
-        plain, special = self._split_headers(_SPECIAL, len(self._target))
+        http_minor = self._http_minor
+        plain, special = self._split_headers(_SPECIAL)
         authority: bytes | None = None
         content_length: int | None = None
         chunked = expects_continue = te_trailers = False
@@ -162,6 +231,8 @@ class RequestReceiver(Receiver[httptools.HttpRequestParser]):
         if upgrade and (method != b"GET" or chunked or content_length):
             raise Refusal(400, "a WebSocket upgrade is a GET with no body")
         path, query, authority = self._read_target(method, authority, http_minor)
+        if method == b"OPTIONS":
+            plain = _count_hop(plain)
         if http_minor:
             keep_alive = b"close" not in connection
         else:
@@ -208,7 +279,21 @@ class RequestReceiver(Receiver[httptools.HttpRequestParser]):
             target = b"/" + rest if slash else b"/"
         raw_path, question, query = target.partition(b"?")
         try:
-            path = normalize_path(raw_path)
+            path = normalize_path(raw_path, self.path_policy)
         except ProtocolError as error:
             raise Refusal(400, str(error)) from error
+        except PathRedirect as redirect:
+            raise Refusal(307, str(redirect), redirect.path + question + query) from redirect
         return path, query if question else None, authority
+
+
+def _count_hop(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The headers of an OPTIONS request with its Max-Forwards, if any, one less (RFC 9110 section 7.6.2)."""
+    for position, (name, value) in enumerate(headers):
+        if name == b"max-forwards":
+            if not value.isdigit() or len(value) > 9:
+                raise Refusal(400, "Max-Forwards is not a number")
+            if int(value) == 0:
+                raise Refusal(405, "OPTIONS with Max-Forwards 0 is for the service, which is behind this proxy")
+            headers[position] = (name, b"%d" % (int(value) - 1))
+    return headers

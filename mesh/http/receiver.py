@@ -1,47 +1,51 @@
-"""What receiving requests and responses share: feeding llhttp, limits, bodies, ends. See `h1` for the whole."""
+"""What receiving requests and responses share: where messages begin and end, limits, bodies. See `h1` for the whole.
+
+llhttp reads heads, exactly one at a time and nothing else; where a head ends, what of a read is its body and where the
+next message begins is decided here. So each start line can be judged by stricter rules than llhttp's.
+"""
 
 from typing import Generic, TypeVar
 
 import httptools
 
-from mesh.http.events import EndOfMessage, Rejected
+from mesh.http.chunked import ChunkFault, ChunkReader
+from mesh.http.events import END, EndOfMessage, Rejected, Trailers
 from mesh.http.head import NEVER_NOMINATED, Headers, RequestHead, ResponseHead
 
 HEAD_BYTES_MAX = 60 * 1024  # Envoy's default
 HEADERS_MAX = 100  # Envoy's default
-CHUNK_OVERHEAD_BYTES_MAX = 16 * 1024  # extensions and trailers of one body, beyond the framing of its chunks
-CHUNK_FRAMING_BYTES_MAX = 32  # what one chunk's size line and line ends may fairly need
 BODY_BYTES_MAX = 2**62
+
+HEAD_END = b"\r\n\r\n"
+
+UNTIL_CLOSE = -1  # as a count of body bytes to come
 
 
 class Refusal(Exception):
-    """Control flow out of a parser callback; callers see its Rejected as an event."""
+    """Control flow out of a parser; callers see its Rejected as an event."""
 
-    def __init__(self, status: int, reason: str) -> None:
+    def __init__(self, status: int, reason: str, location: bytes = b"") -> None:
         super().__init__(reason)
-        self.rejected = Rejected(status, reason)
+        self.rejected = Rejected(status, reason, location)
 
 
 Parser = TypeVar("Parser", httptools.HttpRequestParser, httptools.HttpResponseParser)
 
 
 class Receiver(Generic[Parser]):
-    """What both directions share: feeding llhttp, the limits, body and end events."""
+    """What both directions share. A subclass reads heads (`_receive_head`) and says what ends a message means."""
 
-    __slots__ = (
-        "_body_overhead", "_chunks", "_events", "_fed_in_head", "_in_head", "_large", "_parser", "_raw", "closed",
-        "unparsed", "upgraded",
-    )  # fmt: skip
+    __slots__ = ("_chunks", "_events", "_head_bytes", "_in_head", "_parser", "_raw", "_remaining", "closed", "unparsed",
+                 "upgraded")  # fmt: skip
 
     def __init__(self) -> None:
         self._parser: Parser
-        self._events: list[RequestHead | ResponseHead | bytes | EndOfMessage | Rejected] = []
+        self._events: list[RequestHead | ResponseHead | bytes | Trailers | EndOfMessage | Rejected] = []
         self._raw: list[tuple[bytes, bytes]] = []  # header lines as llhttp gives them
         self._in_head = True
-        self._large = False
-        self._fed_in_head = 0
-        self._body_overhead = 0
-        self._chunks = -1  # -1: the body is not chunked
+        self._head_bytes = 0  # of the head that has begun
+        self._remaining = 0  # bytes of the body still to come, or UNTIL_CLOSE; a chunked body is counted by `_chunks`
+        self._chunks: ChunkReader | None = None
         self.closed = False  # no further input is read: rejected, upgraded, or the last message has come
         self.upgraded = False  # closed by an upgrade: what follows is not HTTP, and collects in `unparsed`
         self.unparsed = b""
@@ -49,79 +53,95 @@ class Receiver(Generic[Parser]):
     @property
     def mid_message(self) -> bool:
         """Whether a message has begun and not ended: its peer owes us bytes."""
-        return not self._in_head or self._fed_in_head > 0
+        return not self._in_head or self._head_bytes > 0
 
     def _feed(self, data: bytes) -> None:
-        """Feeds llhttp; every failure becomes a Rejected event."""
-        size = len(data)
-        if self._in_head:
-            self._fed_in_head += size
-            self._large = self._fed_in_head > HEAD_BYTES_MAX
-        elif self._chunks >= 0:
-            self._body_overhead += size
-        while True:
-            try:
-                self._parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                data = self._receive_upgrade(data[upgrade.args[0] :])
-                if data:
-                    continue
-            except httptools.HttpParserError as error:
-                self._fail(error)
-            break
-        if (self._fed_in_head if self._in_head else self._chunks >= 0) and not self.closed:
-            self._check_unfinished()
-
-    def _check_unfinished(self) -> None:
-        """The limits of what has begun and not ended yet."""
-        if self._in_head:
-            if self._fed_in_head > HEAD_BYTES_MAX or len(self._raw) > HEADERS_MAX:
-                self._reject(Rejected(431, "the headers are too large"))
-        elif self._chunks >= 0 and (
-            self._body_overhead > CHUNK_OVERHEAD_BYTES_MAX + CHUNK_FRAMING_BYTES_MAX * self._chunks
-        ):
-            self._reject(Rejected(400, "chunk extensions or trailers are too large"))
-
-    def _fail(self, error: httptools.HttpParserError) -> None:
-        cause = error.__context__
-        if self.closed:
-            return  # bytes after the last message this connection may carry: never read
-        if isinstance(cause, Refusal):
-            self._reject(cause.rejected)
-        elif isinstance(error, httptools.HttpParserCallbackError) and cause is not None:
-            raise cause
+        """Makes events of the bytes; every failure becomes a Rejected event."""
+        position, size = 0, len(data)
+        try:
+            while position < size and not self.closed:
+                if self._in_head:
+                    position = self._receive_head(data, position)
+                else:
+                    position = self._receive_body(data, position)
+        except Refusal as refusal:
+            self._reject(refusal.rejected)
         else:
-            self._reject(self._rejected_by_parser(str(error)))
+            if self.upgraded:
+                self.unparsed += data[position:]
 
-    def _rejected_by_parser(self, text: str) -> Rejected:
-        if "HTTP version" in text:
-            return Rejected(505, "the HTTP version is not supported")
-        return Rejected(400, text)
+    def _receive_head(self, data: bytes, position: int) -> int:
+        """Reads on in a head, or begins one; where reading stopped. Raises Refusal."""
+        raise NotImplementedError
+
+    def _receive_body(self, data: bytes, position: int) -> int:
+        chunks = self._chunks
+        if chunks is not None:
+            try:
+                piece, end = chunks.feed(data, position)
+            except ChunkFault as fault:
+                raise Refusal(431 if fault.too_large else 400, str(fault)) from fault
+            if piece:
+                self._events.append(piece)
+            if chunks.done:
+                if chunks.trailers:
+                    self._events.append(Trailers(chunks.trailers))
+                self._end_message()
+            return end
+        remaining = self._remaining
+        left = len(data) - position
+        self._events.append(data[position : position + remaining] if 0 <= remaining < left else data[position:])
+        if remaining == UNTIL_CLOSE:
+            return len(data)
+        if left < remaining:
+            self._remaining = remaining - left
+            return len(data)
+        self._end_message()
+        return position + remaining
+
+    def _end_message(self) -> None:
+        """The message is complete."""
+        self._events.append(END)
+        self._in_head = True
+        self._head_bytes = 0
+        self._chunks = None
+
+    def _feed_parser(self, data: bytes) -> bool:
+        """Feeds llhttp; whether it stopped for an upgrade. Raises Refusal."""
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            return True
+        except httptools.HttpParserError as error:
+            raise self._refusal(error) from None
+        return False
+
+    def _refusal(self, error: httptools.HttpParserError) -> Exception:
+        """What llhttp's refusal, or one of ours from inside its callbacks, is to our callers."""
+        cause = error.__context__
+        if isinstance(cause, Exception) and (
+            isinstance(cause, Refusal) or isinstance(error, httptools.HttpParserCallbackError)
+        ):
+            return cause
+        if "HTTP version" in str(error):
+            return Refusal(505, "the HTTP version is not supported")
+        return Refusal(400, str(error))
 
     def _reject(self, rejected: Rejected) -> None:
         self._events.append(rejected)
         self.closed = True
-
-    def _receive_upgrade(self, rest: bytes) -> bytes:
-        """llhttp stopped at an upgrade, before `rest`: returns what to go on parsing as HTTP."""
-        self.closed = self.upgraded = True
-        self.unparsed = rest
-        return b""
 
     def _receive_after_close(self, data: bytes) -> None:
         if self.upgraded:
             self.unparsed += data
 
     def _split_headers(
-        self, special_names: frozenset[bytes], first_line_bytes: int
+        self, special_names: frozenset[bytes]
     ) -> tuple[list[tuple[bytes, bytes]], list[tuple[bytes, bytes]]]:
         """(headers to pass on, headers the codec reads): names in lower case; values of the latter untrimmed."""
         raw = self._raw
-        if len(raw) > HEADERS_MAX:
-            raise Refusal(431, f"more than {HEADERS_MAX} headers")
-        # Only when much has been fed can the exact sum be over the limit.
-        if self._large and (first_line_bytes + sum(len(name) + len(value) + 4 for name, value in raw) > HEAD_BYTES_MAX):
-            raise Refusal(431, f"the headers are larger than {HEAD_BYTES_MAX} bytes")
+        if len(raw) > HEADERS_MAX or self._head_bytes > HEAD_BYTES_MAX:
+            raise too_large()
         plain: list[tuple[bytes, bytes]] = []
         special: list[tuple[bytes, bytes]] = []
         for name, value in raw:
@@ -133,19 +153,13 @@ class Receiver(Generic[Parser]):
         return plain, special
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """llhttp callback; trailers come here too, and are dropped."""
-        if self._in_head:
-            self._raw.append((name, value))
-
-    def on_body(self, data: bytes) -> None:
         """llhttp callback."""
-        if self._chunks >= 0:
-            self._body_overhead -= len(data)
-        self._events.append(data)
+        self._raw.append((name, value))
 
-    def on_chunk_header(self) -> None:
-        """llhttp callback."""
-        self._chunks += 1
+
+def too_large() -> Refusal:
+    """What a head over a limit is answered with."""
+    return Refusal(431, f"the headers are more than {HEADERS_MAX} or {HEAD_BYTES_MAX} bytes")
 
 
 def without_nominated(headers: list[tuple[bytes, bytes]], connection: tuple[bytes, ...]) -> Headers:
