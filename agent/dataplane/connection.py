@@ -12,6 +12,7 @@ import socket
 import ssl
 import struct
 from collections import deque
+from collections.abc import Callable
 
 from agent.dataplane.reactor import HANG_UP, READABLE, WRITABLE, Reactor, Timer
 
@@ -35,13 +36,14 @@ class Connection:
     __slots__ = (
         "_armed_at", "_close_when_flushed", "_connecting", "_discarding", "_handshaking", "_incoming", "_interest",
         "_linger", "_out", "_out_bytes", "_outgoing", "_paused", "_shut", "_suspended", "_timer", "closed", "deadline",
-        "descriptor", "reactor", "saw_eof", "sock", "tls", "write_blocked",
+        "descriptor", "number", "reactor", "saw_eof", "sock", "tls", "write_blocked",
     )  # fmt: skip
 
     def __init__(self, reactor: Reactor, sock: socket.socket) -> None:
         self.reactor = reactor
         self.sock = sock
         self.descriptor = sock.fileno()
+        self.number = reactor.next_number()
         self.tls: ssl.SSLObject | None = None
         self.closed = False
         self.saw_eof = False
@@ -62,6 +64,40 @@ class Connection:
         self._close_when_flushed = False
         self._linger = False
         self._discarding = False
+
+    # ---- for logs, which may ask when the peer is gone: empty then
+
+    @property
+    def local_address(self) -> str:
+        """Our end's address and port."""
+        return _shown_address(self.sock.getsockname)
+
+    @property
+    def remote_address(self) -> str:
+        """The peer's address and port."""
+        return _shown_address(self.sock.getpeername)
+
+    @property
+    def tls_version(self) -> str:
+        """`TLSv1.3`; empty on a plain connection."""
+        return (self.tls.version() or "") if self.tls is not None else ""
+
+    @property
+    def tls_cipher(self) -> str:
+        """OpenSSL's name of the cipher suite; empty on a plain connection."""
+        cipher = self.tls.cipher() if self.tls is not None else None
+        return cipher[0] if cipher is not None else ""
+
+    @property
+    def peer_uri_san(self) -> str:
+        """The URI names of the peer's certificate, comma-joined."""
+        try:
+            certificate = self.tls.getpeercert() if self.tls is not None else None
+        except ValueError:  # the handshake did not get so far
+            certificate = None
+        names: object = (certificate or {}).get("subjectAltName", ())
+        assert isinstance(names, tuple)
+        return ",".join([value for kind, value in names if kind == "URI"])
 
     # ---- beginning
 
@@ -500,3 +536,11 @@ class Connection:
 
     def finished(self) -> None:
         """The socket is gone, for whatever reason; called exactly once. For accounts, not for decisions."""
+
+
+def _shown_address(ask: Callable[[], tuple[str, int]]) -> str:
+    try:
+        host, port = ask()[:2]
+    except OSError:
+        return ""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

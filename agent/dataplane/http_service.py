@@ -9,8 +9,8 @@ from agent.dataplane.metrics import LATENCY_BOUNDS_MS, ListenerMetrics
 from agent.dataplane.reactor import Reactor
 from agent.dataplane.target import Target
 from agent.dataplane.tracing import Span, TraceContext, Tracer
-from mesh.http.head import RequestHead
-from mesh.proxy.access_log import LogRecord
+from mesh.http.head import Headers, RequestHead
+from mesh.proxy.client_cert import without
 from mesh.proxy.exchange import DENIED, Exchange
 from mesh.proxy.sidecar_config import IDLE_TIMEOUT_S
 
@@ -23,8 +23,10 @@ class HttpService:
         self.metrics = metrics
         self.target = target
         self.tracer = tracer
+        self.name = metrics.labels.get("upstream", "public_listener")
         self.draining = False
         self.inbound = False
+        self.forwards_client_cert = False
         self.request_timeout_s = 0.0
         self.access_log: AccessLog | None = None
         self.acquire = target.acquire  # for exchanges: straight to the target, nothing is added here
@@ -49,18 +51,22 @@ class HttpService:
             accepted.set_deadline(self.reactor.now + IDLE_TIMEOUT_S)
         if self.draining:
             accepted.codec.must_close = True
-        if self.inbound and not self.allowed(accepted):
+        if self.inbound and not self.allowed(accepted, exchange):
             self.metrics.denied += 1
             exchange.request_ended = ended
             exchange.fail(DENIED)
             return exchange
-        exchange.forwarded = self._forwarded(exchange, request)
+        exchange.forwarded = self._forwarded(accepted, exchange, request)
         exchange.begin(body, ended=ended)
         return exchange
 
-    def allowed(self, accepted: HttpAccepted) -> bool:
-        """Whether policy lets this caller's request through, by the current rules."""
+    def allowed(self, accepted: HttpAccepted, exchange: Exchange) -> bool:
+        """Whether policy lets this caller's request through, by the current rules; its verdict goes on the exchange."""
         return True
+
+    def client_cert_headers(self, accepted: HttpAccepted, headers: Headers) -> Headers:
+        """The headers as the endpoint gets them, as far as x-forwarded-client-cert goes: what came is dropped."""
+        return without(headers)
 
     def identify(self, accepted: HttpAccepted) -> bool:
         """Plain listeners have no identities."""
@@ -71,12 +77,12 @@ class HttpService:
         self.accepted.discard(accepted)
         self.metrics.active -= 1
 
-    def _forwarded(self, exchange: Exchange, request: RequestHead) -> RequestHead:
+    def _forwarded(self, accepted: HttpAccepted, exchange: Exchange, request: RequestHead) -> RequestHead:
         """The head as the endpoint gets it: identity headers from outside dropped, request ID and trace present."""
         headers = request.headers
         named = dict(headers)
-        if b"x-forwarded-client-cert" in named:
-            headers = tuple(pair for pair in headers if pair[0] != b"x-forwarded-client-cert")
+        if self.forwards_client_cert or b"x-forwarded-client-cert" in named:
+            headers = self.client_cert_headers(accepted, headers)
         if b"x-request-id" not in named:
             bits = b"%032x" % self.tracer.random_bits()
             request_id = b"%b-%b-4%b-a%b-%b" % (bits[:8], bits[8:12], bits[13:16], bits[17:20], bits[20:])
@@ -116,31 +122,9 @@ class HttpService:
             target_metrics.classes[kind] += 1
             target_metrics.latency.observe(latency_ms, bucket)
         if self.access_log is not None:
-            self.access_log.add(self._record(exchange, ended_at))
+            self.access_log.add(exchange, ended_at)
         if isinstance(exchange.context, TraceContext):
             self.tracer.record(self._span(exchange, exchange.context, ended_at))
-
-    def _record(self, exchange: Exchange, ended_at: float) -> LogRecord:
-        head = exchange.forwarded
-        named = dict(head.headers)
-        duration_s = ended_at - exchange.started_at
-        return LogRecord(
-            started_at_s=time.time() - duration_s,
-            method=head.method,
-            path=head.target,
-            protocol=b"HTTP/1.1" if head.http_minor else b"HTTP/1.0",
-            status=exchange.status,
-            flags=exchange.flags,
-            bytes_received=exchange.bytes_received,
-            bytes_sent=exchange.bytes_sent,
-            duration_s=duration_s,
-            upstream_service_time_s=duration_s if exchange.attempts and not exchange.flags else None,
-            forwarded_for=named.get(b"x-forwarded-for", b""),
-            user_agent=named.get(b"user-agent", b""),
-            request_id=named.get(b"x-request-id", b""),
-            authority=head.authority,
-            upstream_host=exchange.endpoint_host,
-        )
 
     def _span(self, exchange: Exchange, context: TraceContext, ended_at: float) -> Span:
         end_ns = time.time_ns()

@@ -74,7 +74,13 @@ class Reactor:
         self._clock = trio.lowlevel.current_clock().current_time
         self.now = self._clock()
         self.faults = 0
+        self._numbered = 0
         self.repeats = RepeatedLog(_LOG)  # what peers can cause
+
+    def next_number(self) -> int:
+        """For connections, so that log lines can tell them apart."""
+        self._numbered += 1
+        return self._numbered
 
     def time(self) -> float:
         """Seconds on the reactor's clock, this instant."""

@@ -5,7 +5,7 @@ import socket
 from collections.abc import Mapping
 from functools import partial
 
-from agent.dataplane.access_log import AccessLog
+from agent.dataplane.access_log import AccessLogs, surroundings
 from agent.dataplane.identity import SidecarIdentity
 from agent.dataplane.inbound import InboundHttp, InboundTcp
 from agent.dataplane.listener import Listener, ReservedDescriptor
@@ -78,7 +78,7 @@ class Tables:
         self._services: dict[tuple[str, str, str, str, int], Service] = {}
         self._drained: list[Service] = []  # of former configurations, with connections still open
         self._identities: _Identities = {}
-        self._logs: dict[str, AccessLog] = {}
+        self._logs = AccessLogs(reactor.time, surroundings())
         self._tracing = "", 0.0
         self._default_tracing_endpoint = tracing_endpoint
         self._tracer = Tracer(rng)
@@ -91,10 +91,11 @@ class Tables:
         change = changes(self.config, config)
         identities = self._make_identities(config)
         bound: list[Listener] = []
-        opened_logs: dict[str, AccessLog] = {}
+        logs = self._logs.prepare(
+            (sidecar.access_log for sidecar in config.sidecars),
+            otlp_endpoint=config.tracing_endpoint or self._default_tracing_endpoint,
+        )
         try:
-            for path in sorted({sidecar.access_log.path for sidecar in config.sidecars} - {""} - set(self._logs)):
-                opened_logs[path] = AccessLog(path)
             # A listener that is already bound (left over from a NACK, say) is never bound twice.
             for key in change.opened:
                 bound.append(Listener(self._reactor, key, self._reserved, self._adopted.pop(key, None)))
@@ -102,13 +103,12 @@ class Tables:
         except ConfigError:
             for listener in bound:
                 listener.close()
-            for log in opened_logs.values():
-                log.close()
+            self._logs.abandon(logs)
             self._drop_adopted()
             raise
         self._drop_adopted()
         # Nothing below can fail.
-        self._logs.update(opened_logs)
+        self._logs.commit(logs)
         self._identities = identities
         self._listeners.update((listener.key, listener) for listener in bound)
         for key in change.closed:
@@ -118,8 +118,6 @@ class Tables:
         self.config = config
         if former_tracer is not None:
             former_tracer.shutdown()
-        for path in set(self._logs) - {sidecar.access_log.path for sidecar in config.sidecars}:
-            self._logs.pop(path).close()
 
     def _replace_tracer(self, config: WorkerConfig) -> Tracer | None:
         """The tracer until now, when the configuration asks for another one. Raises ConfigError."""
@@ -159,7 +157,7 @@ class Tables:
                 case _:
                     raise AssertionError("a service's kind is part of its key")
             if isinstance(service, InboundHttp | OutboundHttp):
-                service.access_log = self._logs.get(item.sidecar.access_log.path)
+                service.access_log = self._logs.get(item.sidecar.access_log)
                 service.tracer = self._tracer
             self._services[item.service_key] = service
             self._listeners[item.key].serve(service)
@@ -231,13 +229,16 @@ class Tables:
         self._drop_adopted()
         for service in (*self._services.values(), *self._drained):
             _abort_all(service)
-        self.flush_logs()
+        self._logs.close()
         self._tracer.shutdown(wait_s=SPANS_TIMEOUT_S)
 
     def flush_logs(self) -> None:
         """Writes collected access log lines."""
-        for log in self._logs.values():
-            log.flush()
+        self._logs.flush()
+
+    def reopen_logs(self) -> None:
+        """Opens log files anew: they have been rotated."""
+        self._logs.reopen()
 
     def samples(self) -> list[Sample]:
         """Every counter of every listener and target."""
@@ -246,7 +247,7 @@ class Tables:
             protocol = "http" if isinstance(service, InboundHttp | OutboundHttp) else "tcp"
             result.extend(service.metrics.samples(protocol))
             result.extend(service.target.metrics.samples())
-        result.append(("mesh_access_log_dropped", {}, sum(log.dropped for log in self._logs.values())))
+        result.append(("mesh_access_log_dropped", {}, self._logs.dropped))
         return result
 
 

@@ -125,8 +125,11 @@ class Worker:
             await trio.sleep(DRAIN_CHECK_INTERVAL_S)
 
     async def _wait_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as received:
             async for number in received:
+                if number == signal.SIGUSR1:
+                    self._tables.reopen_logs()
+                    continue
                 _LOG.info("signal %d: draining", number)
                 self._drain_asked.set()
 

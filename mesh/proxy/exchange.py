@@ -1,48 +1,83 @@
 """One request and its response, from a caller's connection to a channel and back, streaming both ways.
 
-Pure: connections are seen through `Caller` and `Channel`, the choice of an endpoint through `Dispatcher`. Whatever
-order things happen in (an early response, a channel that dies, a caller that leaves), an exchange ends exactly once,
-with `Dispatcher.finished`, and never holds more than REPLAY_BYTES_MAX of a body beside what one read returned.
+Pure: connections are seen through `Caller` and `Channel`, endpoints through `Target`, the accounts through `Dispatcher`.
+Whatever order things happen in (an early response, a channel that dies, a caller that leaves), an exchange ends exactly
+once, with `Dispatcher.finished`, and never holds more of a body than its retry policy's buffer beside what one read
+returned. What a first try that fails leads to is in `further_tries`; copies of the request are in `mirror`.
 """
 
-from typing import Protocol
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
-import msgspec
-
-from mesh.http.h1 import ClientConnection, ServerConnection
+from mesh.errors import ProtocolError
+from mesh.http.h1 import ClientConnection
 from mesh.http.head import Headers, RequestHead, ResponseHead
 from mesh.proxy.relay import Pipe, Relay
-from mesh.proxy.retry import REPLAY_BYTES_MAX, may_retry
+from mesh.proxy.replies import (
+    CONNECT_FAILED,
+    CONNECT_TIMED_OUT,
+    REQUEST_IDLE,
+    RESPONSE_IDLE,
+    TERMINATED,
+    TIMED_OUT,
+    TRY_TIMED_OUT,
+    UNSENDABLE,
+    UNSENDABLE_RESPONSE,
+    UPSTREAM_PROTOCOL_ERROR,
+    Reply,
+)
+from mesh.proxy.retry import SAFE_RETRIES, FailureKind, RetryRules, compile_retry, lost_keepalive_race
+from mesh.proxy.sidecar_config import IDLE_TIMEOUT_S
 
-# Envoy's words: operators grep for them.
-CONNECT_ERROR = "upstream connect error or disconnect/reset before headers. reset reason: "
+if TYPE_CHECKING:
+    from mesh.proxy.further_tries import FurtherTries
+    from mesh.proxy.router import Route
 
-_TEXT: Headers = ((b"content-type", b"text/plain"),)
+SAFE_RULES = compile_retry(SAFE_RETRIES)  # of a target without a policy
+
+_FAILED: dict[FailureKind, Reply] = {
+    "connect": CONNECT_FAILED,
+    "connect-timeout": CONNECT_TIMED_OUT,
+    "reset": TERMINATED,
+    "reset-before-request": TERMINATED,
+    "protocol": UPSTREAM_PROTOCOL_ERROR,
+    "per-try-timeout": TRY_TIMED_OUT,
+}
 
 
-class Reply(msgspec.Struct, frozen=True):
-    """An answer of our own. `flags` are Envoy's response flags."""
+class Timer(Protocol):
+    """A call to come."""
 
-    status: int
-    body: bytes
-    flags: str
-    headers: Headers = ()
+    def cancel(self) -> None: ...
 
 
-NO_HEALTHY_UPSTREAM = Reply(503, b"no healthy upstream", "UH")
-OVERFLOW = Reply(503, f"{CONNECT_ERROR}overflow".encode(), "UO", ((b"x-envoy-overloaded", b"true"),))
-DENIED = Reply(403, b"RBAC: access denied", "")
-TERMINATED = Reply(503, f"{CONNECT_ERROR}connection termination".encode(), "UC")
-UPSTREAM_PROTOCOL_ERROR = Reply(502, f"{CONNECT_ERROR}protocol error".encode(), "UPE")
-CONNECT_FAILED = Reply(503, f"{CONNECT_ERROR}remote connection failure".encode(), "UF")
-TIMED_OUT = Reply(504, b"upstream request timeout", "UT")
+class Clock(Protocol):
+    """Seconds, and calls at a time."""
+
+    now: float
+
+    def call_at(self, deadline: float, callback: Callable[[], None]) -> Timer: ...
+
+
+class ResponseWriter(Protocol):
+    """How a caller's response is put into bytes."""
+
+    must_close: bool
+
+    @property
+    def unparsed(self) -> bytes: ...
+    def send_response(self, head: ResponseHead, request: RequestHead) -> bytes: ...
+    def send_informational(self, head: ResponseHead) -> bytes: ...
+    def send_body(self, data: bytes) -> bytes: ...
+    def end(self, trailers: Headers = ()) -> bytes: ...
 
 
 class Caller(Pipe, Protocol):
     """The connection that the request came on."""
 
     @property
-    def codec(self) -> ServerConnection: ...
+    def codec(self) -> ResponseWriter: ...
     def exchange_done(self, *, close: bool) -> None:
         """The exchange is over; with `close` the connection cannot carry another one."""
 
@@ -50,47 +85,119 @@ class Caller(Pipe, Protocol):
         """From now on bytes go to the relay."""
 
     def progress(self) -> None:
-        """Something moved: the idle deadline starts again."""
+        """Something moved: `idle_s` starts again."""
 
-    def request_complete(self) -> None:
-        """The whole request has arrived: from now on the response is due."""
+    def set_deadline(self, deadline: float) -> None:
+        """When to call `deadline_passed`."""
+
+
+class Attempt(Protocol):
+    """One try of a request, as its endpoint and channel see it: the exchange itself, or a hedged second one."""
+
+    endpoint: object | None  # the target's
+    endpoint_host: str
+    done: bool
+    probe: bool  # the endpoint is on probation, and this request decides
+
+    @property
+    def fresh(self) -> bool:
+        """Whether a new connection is wanted, not an idle one."""
+
+    def channel_ready(self, channel: "Channel") -> None: ...
+    def channel_drained(self) -> None: ...
+    def channel_lost(self, kind: FailureKind = "reset", reason: str = "") -> None: ...
+    def connect_failed(self, kind: FailureKind, reason: str) -> None: ...
+    def refused(self, reply: Reply) -> None: ...
+    def informational(self, head: ResponseHead) -> None: ...
+    def response(
+        self, head: ResponseHead | None, body: bytes, *, ended: bool, trailers: Headers = ()
+    ) -> None: ...
+    def try_timed_out(self) -> None: ...
 
 
 class Channel(Pipe, Protocol):
-    """A connection to an endpoint, used by one exchange at a time."""
+    """A connection to an endpoint, used by one attempt at a time."""
 
     reused: bool
+    deadline: float
 
     @property
     def codec(self) -> ClientConnection: ...
+    def handed_to(self, attempt: Attempt) -> None:
+        """From now on it serves another attempt (a hedged one has won)."""
+
+    def set_deadline(self, deadline: float) -> None:
+        """When to call `try_timed_out`."""
+
     def relay_begins(self, relay: Relay) -> None:
         """From now on bytes go to the relay."""
 
 
+class Target(Protocol):
+    """Where the request goes: finds channels, and admits retries."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def watched(self) -> bool:
+        """Whether `responded` and `failed` want to be told."""
+
+    def acquire(self, attempt: Attempt, exchange: "Exchange") -> None:
+        """Calls `channel_ready`, `connect_failed` or `refused` on the attempt, at once or later."""
+
+    def release(self, attempt: Attempt, channel: Channel, *, reusable: bool) -> None:
+        """The attempt no longer uses the channel."""
+
+    def give_up(self, attempt: Attempt) -> None:
+        """The attempt no longer wants the channel that it asked for."""
+
+    def responded(self, attempt: Attempt, head: ResponseHead, sent_at: float) -> None:
+        """The attempt's endpoint has answered."""
+
+    def failed(self, attempt: Attempt, kind: FailureKind, sent_at: float) -> None:
+        """The attempt's endpoint has not answered."""
+
+    def take_retry(self) -> bool:
+        """Whether one more retry is admitted; `retry_ended` follows."""
+
+    def retry_ended(self) -> None:
+        """One that was admitted is over."""
+
+    def retrying(self, *, hedged: bool) -> None:
+        """A further try is being made, for the counters."""
+
+
 class Dispatcher(Protocol):
-    """Finds channels, and keeps the accounts."""
+    """Keeps the accounts; has the clock and the dice."""
 
-    def acquire(self, exchange: "Exchange") -> None:
-        """Calls `channel_ready` or `fail` on the exchange, at once or later."""
-
-    def release(self, exchange: "Exchange", channel: Channel, *, reusable: bool) -> None:
-        """The exchange no longer uses the channel."""
-
-    def give_up(self, exchange: "Exchange") -> None:
-        """The exchange no longer wants the channel that it asked for."""
+    @property
+    def reactor(self) -> Clock: ...
+    @property
+    def rng(self) -> random.Random: ...
+    def unix_time(self) -> float:
+        """Seconds since 1970."""
 
     def finished(self, exchange: "Exchange") -> None:
         """The exchange is over, exactly once."""
 
 
 class Exchange:
-    """See the module. `forwarded` is the head as the endpoint gets it; `request` as it came."""
+    """See the module. `forwarded` is the head as the endpoint gets it; `request` as it came.
+
+    The dispatcher sets `target`, and before `begin` what differs from the defaults. Times are the clock's; 0.0: not
+    (yet). `hosts_tried` are `address:port` of all endpoints, in order, `upstream_failure` says how the last try failed.
+    """
 
     __slots__ = (
-        "_held", "_retained", "_retained_bytes", "_waiting", "attempts", "bytes_received", "bytes_sent", "caller",
-        "channel", "context", "dispatcher", "done", "endpoint", "endpoint_host", "flags", "forwarded", "replayable",
-        "request", "request_ended", "resets", "response_started", "started_at", "status", "tried",
+        "_again", "_details", "_held", "_request_trailers", "_retained", "_retained_bytes", "_timer", "_waiting",
+        "attempts", "bytes_received", "bytes_sent", "caller", "channel", "context", "decision", "dispatcher", "done",
+        "dress", "endpoint", "endpoint_host", "flags", "forwarded", "hosts_tried", "idle_s", "mirrors", "probe",
+        "replayable", "request", "request_deadline", "request_ended", "request_ended_at", "request_hash",
+        "request_timeout_s", "resets", "response_at", "response_head", "response_started", "retry", "route", "sent_at",
+        "set_cookie", "started_at", "status", "target", "trailers", "tried", "upstream_failure",
     )  # fmt: skip
+
+    target: Target
 
     def __init__(self, caller: Caller, dispatcher: Dispatcher, request: RequestHead, started_at: float) -> None:
         self.caller = caller
@@ -99,43 +206,112 @@ class Exchange:
         self.forwarded = request
         self.started_at = started_at
         self.channel: Channel | None = None
-        self.endpoint: object | None = None  # the dispatcher's
-        self.endpoint_host = ""  # of the last attempt, for the access log
+        self.endpoint: object | None = None  # the target's
+        self.endpoint_host = ""  # of the last attempt
+        self.hosts_tried: tuple[str, ...] = ()
         self.context: object | None = None  # the dispatcher's: a span
-        self.tried: tuple[object, ...] = ()  # endpoints whose connect failed
+        self.route: Route | None = None
+        self.retry: RetryRules = SAFE_RULES
+        self.dress: Callable[[Exchange, ResponseHead], ResponseHead] | None = None  # the response's head on its way
+        self.mirrors: tuple[Exchange, ...] = ()
+        self.request_hash: int | None = None
+        self.set_cookie: bytes | None = None  # of a hash policy
+        self.request_timeout_s = 0.0
+        self.request_deadline = _NEVER
+        self.idle_s = IDLE_TIMEOUT_S
+        self.tried: tuple[object, ...] = ()  # endpoints that are not to be tried again
         self.attempts = 0
         self.resets = 0
+        self.probe = False
         self.status = 0
         self.flags = ""
+        self.decision = ""  # the policy's reason
+        self.upstream_failure = ""
         self.bytes_received = 0
         self.bytes_sent = 0
         self.request_ended = False
+        self.request_ended_at = 0.0
+        self.sent_at = 0.0
+        self.response_at = 0.0
+        self.response_head: ResponseHead | None = None
+        self.trailers: Headers = ()
         self.response_started = False
         self.replayable = True  # all of the body so far is in `_retained`
         self.done = False
+        self._details = ""
+        self._again: FurtherTries | None = None
+        self._timer: Timer | None = None  # before a try
+        self._request_trailers: Headers = ()
         self._retained: list[bytes] = []
         self._retained_bytes = 0
         self._held = False  # we have stopped the caller's reading
         self._waiting = False  # for a channel
 
+    @property
+    def details(self) -> str:
+        """Envoy's RESPONSE_CODE_DETAILS."""
+        return self._details or ("via_upstream" if self.response_head is not None else "")
+
+    @property
+    def target_name(self) -> str:
+        """Where it went; empty: nowhere."""
+        return self.target.name if hasattr(self, "target") else ""
+
+    @property
+    def route_name(self) -> str:
+        """The rule's name."""
+        return self.route.name if self.route is not None else ""
+
+    @property
+    def fresh(self) -> bool:
+        """After a reset, which may have met the idle connections too."""
+        return self.resets > 0
+
+    def flag(self, flags: str) -> None:
+        """Adds response flags."""
+        if not self.flags:
+            self.flags = flags
+        elif flags and flags not in self.flags.split(","):
+            self.flags = f"{self.flags},{flags}"
+
     # ---- from the caller
 
-    def begin(self, body: bytes, *, ended: bool) -> None:
-        """Starts, with as much of the request as has arrived."""
-        self.request_ended = ended
+    def begin(self, body: bytes, *, ended: bool, delay_s: float = 0.0, answer: Reply | None = None) -> None:
+        """Starts, with as much of the request as has arrived. After `delay_s`, and with `answer` only to get that."""
+        if ended:
+            self.request_ended = True
+            self.request_ended_at = self.started_at
         if body:
             self.bytes_received = len(body)
             self._retain(body)
-        self._acquire()
+        if delay_s > 0.0:
+            self.flag("DI")
+            self.pause(delay_s, self.acquire if answer is None else lambda: self.fail(answer))
+        elif answer is not None:
+            self.fail(answer)
+        else:
+            self._waiting = True
+            self.target.acquire(self, self)
 
-    def _acquire(self) -> None:
+    def acquire(self) -> None:
+        """Asks for a channel."""
         self._waiting = True
-        self.dispatcher.acquire(self)
+        self.target.acquire(self, self)
+
+    def pause(self, seconds: float, then: Callable[[], None]) -> None:
+        """Goes on later, unless it has ended by then."""
+
+        def resume() -> None:
+            self._timer = None
+            then()
+
+        clock = self.dispatcher.reactor
+        self._timer = clock.call_at(clock.now + seconds, resume)
 
     def _retain(self, data: bytes) -> None:
         self._retained.append(data)
         self._retained_bytes += len(data)
-        if self._retained_bytes > REPLAY_BYTES_MAX and self.channel is None and not self._held:
+        if self._retained_bytes > self.retry.policy.buffer_bytes_max and self.channel is None and not self._held:
             self._held = True
             self.caller.pause_reading()
 
@@ -143,28 +319,46 @@ class Exchange:
         """A further piece of the request's body."""
         self.bytes_received += len(data)
         self.caller.progress()
+        for mirror in self.mirrors:
+            mirror.request_body(data)
         channel = self.channel
         if channel is None:
             self._retain(data)
             return
         if self.replayable:
-            if self._retained_bytes + len(data) <= REPLAY_BYTES_MAX:
+            if self._retained_bytes + len(data) <= self.retry.policy.buffer_bytes_max:
                 self._retain(data)
             else:
-                self._drop_retained()
+                self.drop_retained()
         channel.write(channel.codec.send_body(data))
         if channel.write_blocked:
             self._held = True
             self.caller.pause_reading()
 
-    def request_end(self) -> None:
+    def request_end(self, trailers: Headers = ()) -> None:
         """The request is complete."""
+        now = self.dispatcher.reactor.now
         self.request_ended = True
-        self.caller.request_complete()
-        if self.channel is not None:
-            data = self.channel.codec.end()
+        self.request_ended_at = now
+        self._request_trailers = trailers
+        if self.request_timeout_s:
+            self.request_deadline = now + self.request_timeout_s
+        self.caller.set_deadline(min(self.request_deadline, now + self.idle_s))
+        for mirror in self.mirrors:
+            mirror.request_end(trailers)
+        channel = self.channel
+        if channel is not None:
+            data = channel.codec.end(trailers)
             if data:
-                self.channel.write(data)
+                channel.write(data)
+            self.start_try_timeout(channel)
+
+    def start_try_timeout(self, channel: Channel) -> None:
+        """From the end of the request to the response's head."""
+        if self.retry.per_try_timeout_s and not self.response_started:
+            seconds = self.retry.try_timeout_s(self.request_timeout_s)
+            if seconds:
+                channel.set_deadline(self.dispatcher.reactor.now + seconds)
 
     def caller_drained(self) -> None:
         """The caller takes response bytes again."""
@@ -174,55 +368,89 @@ class Exchange:
     def caller_gone(self, flags: str = "DC") -> None:
         """The caller's connection is over, or can no longer be answered."""
         if not self.done:
-            self.flags = self.flags or flags
-            self._leave_channel(reusable=False)
+            self.flag(flags)
+            self._details = self._details or "downstream_remote_disconnect"
+            self._leave(reusable=False)
             self._finish()
 
-    def timed_out(self) -> None:
+    def deadline_passed(self) -> None:
         """The caller's deadline for this exchange is over."""
-        if self.response_started:
-            self.flags = "UT" if not self.flags else self.flags
-            self._reset_caller()
+        if self.dispatcher.reactor.now >= self.request_deadline:
+            self.timed_out(TIMED_OUT)
         else:
-            self.fail(TIMED_OUT)
+            self.timed_out(RESPONSE_IDLE if self.request_ended else REQUEST_IDLE)
 
-    # ---- from the dispatcher
+    def timed_out(self, reply: Reply) -> None:
+        """No more waiting: an answer, or a reset after the response has begun."""
+        if self.response_started:
+            self.flag(reply.flags)
+            self._details = reply.details
+            self._reset_caller()
+            return
+        if reply is TIMED_OUT and self.channel is not None and self.target.watched:
+            self.target.failed(self, "per-try-timeout", self.sent_at)
+        self.fail(reply)
+
+    # ---- from the target
 
     def channel_ready(self, channel: Channel) -> None:
         """A channel is ours: send what there is of the request."""
         self._waiting = False
         self.channel = channel
         self.attempts += 1
+        self.sent_at = self.dispatcher.reactor.now
         codec = channel.codec
-        data = codec.send_request(self.forwarded)
+        try:
+            data = codec.send_request(self.forwarded)
+        except ProtocolError:
+            self.fail(UNSENDABLE)
+            return
         if self._retained:
             data = b"".join((data, *map(codec.send_body, self._retained)))
+            # What may not be sent again need not be kept.
+            if self._retained_bytes > self.retry.policy.buffer_bytes_max or not (
+                channel.reused or self.retry is not SAFE_RULES
+            ):
+                self.drop_retained()
         if self.request_ended:
-            data += codec.end()
-        if not channel.reused or self._retained_bytes > REPLAY_BYTES_MAX:
-            self.replayable = False
-            if self._retained:
-                self._drop_retained()
+            data += codec.end(self._request_trailers)
+            if self.retry.per_try_timeout_s:
+                self.start_try_timeout(channel)
         channel.write(data)
         if self._held and not channel.write_blocked:
             self._held = False
             self.caller.resume_reading()
+
+    def connect_failed(self, kind: FailureKind, reason: str) -> None:
+        """No connection to the endpoint: another try, or the caller hears of it."""
+        self._waiting = False
+        self.attempts += 1
+        self._try_failed(kind, reason)
+
+    def refused(self, reply: Reply) -> None:
+        """The target has no channel for us: it is overloaded, or has no endpoint."""
+        self._waiting = False
+        self.fail(reply)
 
     def fail(self, reply: Reply) -> None:
         """Answers in place of the endpoint. Only before a response has begun."""
         assert not self.response_started
         if self.done:
             return
-        self._leave_channel(reusable=False)
+        self._leave(reusable=False)
+        body = reply.text(self.attempts)
         self.status = reply.status
-        self.flags = reply.flags
+        self.flag(reply.flags)
+        self._details = reply.details
         self.response_started = True
         codec = self.caller.codec
         if not self.request_ended:
             codec.must_close = True
-        head = ResponseHead(reply.status, _TEXT + reply.headers, len(reply.body))
-        self.bytes_sent = len(reply.body)
-        self.caller.write(codec.send_response(head, self.request) + codec.send_body(reply.body) + codec.end())
+        head = ResponseHead(reply.status, reply.typed_headers if body else reply.headers, len(body))
+        if self.dress is not None:
+            head = self.dress(self, head)
+        self.bytes_sent = len(body)
+        self.caller.write(codec.send_response(head, self.request) + codec.send_body(body) + codec.end())
         self._finish()
         self.caller.exchange_done(close=codec.must_close)
 
@@ -239,32 +467,47 @@ class Exchange:
         if self.request.http_minor and not self.response_started:
             self.caller.write(self.caller.codec.send_informational(head))
 
-    def response(self, head: ResponseHead | None, body: bytes, *, ended: bool) -> None:
-        """What one read of the channel held: the head when it came, body bytes, the end."""
+    def response(self, head: ResponseHead | None, body: bytes, *, ended: bool, trailers: Headers = ()) -> None:
+        """What one read of the channel held: the head when it came, body bytes, trailers, the end."""
         caller = self.caller
         codec = caller.codec
         if head is not None:
+            self.response_at = self.dispatcher.reactor.now
+            if self.target.watched:
+                self.target.responded(self, head, self.sent_at)
+            if (self.retry is not SAFE_RULES or self._again is not None) and self._retries_after(head):
+                return
+            self.response_head = head
             self.status = head.status
             self.response_started = True
             if self._retained:
-                self._drop_retained()
+                self.drop_retained()
+            if self.dress is not None:
+                head = self.dress(self, head)
             if head.status == 101:
                 self._start_relay(head)
                 return
             if ended and not self.request_ended:
                 codec.must_close = True  # the rest of the request is not wanted, and is not read
-            data = codec.send_response(head, self.request)
+            try:
+                data = codec.send_response(head, self.request)
+            except ProtocolError:
+                self.response_started = False
+                self.response_head = None
+                self.fail(UNSENDABLE_RESPONSE)
+                return
             if body:
                 data += codec.send_body(body)
         else:
             data = codec.send_body(body) if body else b""
         self.bytes_sent += len(body)
         if ended:
-            data += codec.end()
+            self.trailers = trailers
+            data += codec.end(trailers)
         if data:
             caller.write(data)
         if ended:
-            self._leave_channel(reusable=self.request_ended)
+            self._leave(reusable=self.request_ended)
             self._finish()
             caller.exchange_done(close=codec.must_close or not self.request_ended)
             return
@@ -272,50 +515,123 @@ class Exchange:
         if caller.write_blocked and self.channel is not None:
             self.channel.pause_reading()
 
-    def channel_lost(self, *, malformed: bool = False) -> None:
-        """The channel broke, or what came from it was no response."""
+    def channel_lost(self, kind: FailureKind = "reset", reason: str = "") -> None:
+        """The channel broke, or (`protocol`) what came from it was no response."""
         if self.done:
             return
         channel = self.channel
         assert channel is not None
         if self.response_started:
-            self.flags = "UPE" if malformed else "UC"
+            self.flag("UPE" if kind == "protocol" else "UC")
+            self._details = "upstream_reset_after_response_started"
+            self.upstream_failure = reason
             self._reset_caller()
             return
-        retried = not malformed and may_retry(
-            "reset",
-            method=self.request.method,
-            attempts=self.attempts,
-            reused=channel.reused,
-            resets=self.resets,
-            replayable=self.replayable,
-        )
-        if retried:
+        if kind != "protocol" and lost_keepalive_race(
+            method=self.request.method, reused=channel.reused, resets=self.resets, replayable=self.replayable
+        ):
             self.resets += 1
-            self._leave_channel(reusable=False)
-            self._acquire()
+            self.leave_channel(reusable=False)
+            self.acquire()
+            return
+        self._try_failed(kind, reason)
+
+    def try_timed_out(self) -> None:
+        """The per-try timeout is over."""
+        if self.done or self.response_started:
+            return
+        if self.retry.hedge:
+            if self.target.watched:
+                self.target.failed(self, "per-try-timeout", self.sent_at)
+            self.further_tries().hedge()
         else:
-            self.fail(UPSTREAM_PROTOCOL_ERROR if malformed else TERMINATED)
+            self._try_failed("per-try-timeout", "per-try timeout")
+
+    # ---- tries
+
+    def further_tries(self) -> "FurtherTries":
+        """What is needed beyond the first try."""
+        if self._again is None:
+            from mesh.proxy.further_tries import FurtherTries
+
+            self._again = FurtherTries(self)
+        return self._again
+
+    def _retries_after(self, head: ResponseHead) -> bool:
+        """Whether another try is made, or waited for, instead of passing this response on."""
+        if self.retry.after_response(head):
+            return self.further_tries().after_response(head)
+        if self.channel is not None:
+            self.channel.deadline = _NEVER  # the per-try timeout ends here
+        if self._again is not None:
+            self._again.cancel()
+        return False
+
+    def _try_failed(self, kind: FailureKind, reason: str) -> None:
+        self.upstream_failure = reason
+        if self.target.watched:
+            self.target.failed(self, kind, self.sent_at)
+        if (self.retry.after_failure(kind) or self._again is not None) and self.further_tries().after_failure(kind):
+            return
+        self.fail(_FAILED.get(kind, TERMINATED))
+
+    def skip_endpoint(self) -> None:
+        """The endpoint of this try is not to be tried again."""
+        if self.endpoint is not None:
+            self.tried += (self.endpoint,)
+
+    @property
+    def trying(self) -> bool:
+        """Whether a try of its own is under way, or will be."""
+        return self.channel is not None or self._waiting or self._timer is not None
+
+    def take_over(self, channel: Channel, attempt: Attempt) -> None:
+        """A hedged attempt has won: its channel is ours, and what we had is given up."""
+        self.leave_channel(reusable=False)
+        self.channel = channel
+        self.endpoint, self.endpoint_host, self.probe = attempt.endpoint, attempt.endpoint_host, attempt.probe
+        attempt.endpoint = None
+        channel.handed_to(self)
+
+    @property
+    def replay(self) -> bytes:
+        """The body so far. Only while `replayable`."""
+        return b"".join(self._retained)
+
+    @property
+    def request_trailers(self) -> Headers:
+        """Behind the body."""
+        return self._request_trailers
 
     # ---- inside
 
-    def _drop_retained(self) -> None:
+    def drop_retained(self) -> None:
+        """It will not be sent again."""
         self._retained = []
         self._retained_bytes = 0
         self.replayable = False
 
-    def _leave_channel(self, *, reusable: bool) -> None:
+    def leave_channel(self, *, reusable: bool) -> None:
+        """Ends our own try."""
         channel = self.channel
         if channel is not None:
             self.channel = None
-            self.dispatcher.release(self, channel, reusable=reusable)
+            self.target.release(self, channel, reusable=reusable)
         elif self._waiting:
             self._waiting = False
-            self.dispatcher.give_up(self)
+            self.target.give_up(self)
+        elif self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _leave(self, *, reusable: bool) -> None:
+        self.leave_channel(reusable=reusable)
+        if self._again is not None:
+            self._again.cancel()
 
     def _reset_caller(self) -> None:
         """The response cannot be completed, and the caller must not take what it has for all of it."""
-        self._leave_channel(reusable=False)
+        self._leave(reusable=False)
         self._finish()
         self.caller.abort()
 
@@ -323,6 +639,9 @@ class Exchange:
         if not self.done:
             self.done = True
             self._retained = []
+            if self.mirrors and not self.request_ended:
+                for mirror in self.mirrors:
+                    mirror.caller_gone("")
             self.dispatcher.finished(self)
 
     def _start_relay(self, head: ResponseHead) -> None:
@@ -338,3 +657,6 @@ class Exchange:
             relay.received(caller, early)
         if late:
             relay.received(channel, late)
+
+
+_NEVER = float("inf")

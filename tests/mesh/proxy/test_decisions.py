@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from mesh.errors import ConfigError
-from mesh.proxy.access_log import LogRecord, format_line
 from mesh.proxy.balancer import Balancer
 from mesh.proxy.pool import AGE_MAX_S, IDLE_MAX, REQUESTS_PER_CONNECTION_MAX, ConnectionPool
 from mesh.proxy.resources import ListenerKey, changes, listeners
@@ -212,19 +211,3 @@ def test_a_service_is_another_one_when_its_protocol_changes():
     changed = replace(inbound, listener=replace(inbound.listener, protocol="http"))
     assert inbound.key == changed.key
     assert inbound.service_key != changed.service_key
-
-
-# ---- access log
-
-
-def test_access_log_line_is_envoys_default_and_cannot_be_forged():
-    record = LogRecord(
-        started_at_s=1700000000.125, method=b"GET", path=b"/a?b", protocol=b"HTTP/1.1", status=503, flags="UF",
-        bytes_received=1, bytes_sent=2, duration_s=0.0129, upstream_service_time_s=None, forwarded_for=b"",
-        user_agent=b'x" 200 \r\nforged', request_id=b"id", authority=b"api", upstream_host="10.0.0.1:80",
-    )  # fmt: skip
-    assert format_line(record) == (
-        '[2023-11-14T22:13:20.125Z] "GET /a?b HTTP/1.1" 503 UF 1 2 12 - "-" "x\\" 200 \\r\\nforged" "id" "api" '
-        '"10.0.0.1:80"\n'
-    )
-    assert format_line(replace(record, upstream_service_time_s=0.0021)).split(" ")[9] == "2"
