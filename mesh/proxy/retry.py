@@ -18,6 +18,8 @@ from mesh.traffic.policy import RetryCondition, RetryPolicy
 CONNECT_ATTEMPTS_MAX = 3  # endpoints tried for one request before the caller hears of it
 REPLAY_BYTES_MAX = 64 * 1024  # of a request's body kept for another attempt (Linkerd's figure)
 RETRY_AFTER_MAX_S = 300.0  # a server that asks for more is not waited for (Envoy)
+BACKOFF_BASE_S = 0.025  # Envoy's
+BACKOFF_MAX_S = 0.25
 RETRIES_MAX = 2**32 - 1  # what a header may ask for
 _OVERRIDES_KEPT = 64  # combinations of override headers remembered per policy
 
@@ -64,6 +66,7 @@ _HTTP_CONDITIONS: frozenset[str] = frozenset(
     (*_FAILURES, *_STATUSES, "retriable-status-codes", "retriable-headers", "envoy-ratelimited")
 )
 
+_RATELIMITED = b"x-envoy-ratelimited"
 _RETRY_ON = b"x-envoy-retry-on"
 _RETRY_GRPC_ON = b"x-envoy-retry-grpc-on"
 _MAX_RETRIES = b"x-envoy-max-retries"
@@ -116,7 +119,7 @@ class RetryRules:
 
     __slots__ = (
         "_base_s", "_derived", "_failures", "_grpc", "_header_names", "_matches", "_max_s", "_ratelimited",
-        "_reads_headers", "_statuses", "hedge", "honor_retry_after", "per_try_timeout_s", "policy", "retries",
+        "_statuses", "_telling", "hedge", "honor_retry_after", "per_try_timeout_s", "policy", "retries",
     )  # fmt: skip
 
     def __init__(
@@ -142,7 +145,10 @@ class RetryRules:
         self._matches = matches if by_header else ()
         self._header_names = frozenset(names if by_header else ())
         self._ratelimited = "envoy-ratelimited" in conditions
-        self._reads_headers = bool(self._grpc or self._matches or self._header_names or self._ratelimited)
+        # Headers that may decide whatever the status is; nothing is read of a good response when there are none.
+        self._telling = self._header_names | ({b"grpc-status"} if self._grpc else set())
+        if self._telling or self._matches or self._ratelimited:
+            self._telling |= {_RATELIMITED}
         self._derived: dict[tuple[bytes | None, ...], RetryRules] = {}
 
     def after_failure(self, kind: FailureKind) -> bool:
@@ -151,23 +157,26 @@ class RetryRules:
 
     def after_response(self, head: ResponseHead) -> bool:
         """Whether a response's head is one to retry on. Trailers are not looked at, as in Envoy."""
-        if not self._reads_headers:
+        telling = self._telling
+        if telling:
+            for name, _ in head.headers:
+                if name in telling:
+                    return self._headers_say(head)
+        elif head.status in self._statuses:
             # The mark of a rate limiter forbids a retry without `envoy-ratelimited`.
-            return head.status in self._statuses and head.header(b"x-envoy-ratelimited") is None
-        return self._reads_as_retriable(head)
+            return head.header(_RATELIMITED) is None
+        return head.status in self._statuses or (bool(self._matches) and self._matched(head.headers))
 
-    def _reads_as_retriable(self, head: ResponseHead) -> bool:
+    def _headers_say(self, head: ResponseHead) -> bool:
         headers = head.headers
-        if head.header(b"x-envoy-ratelimited") is not None:
+        if head.header(_RATELIMITED) is not None:
             return self._ratelimited
-        if head.status in self._statuses:
+        if head.status in self._statuses or head.header(b"grpc-status") in self._grpc:
             return True
-        names = self._header_names
-        if names and any(name in names for name, _ in headers):
-            return True
-        if any(matches(headers) for matches in self._matches):
-            return True
-        return bool(self._grpc) and head.header(b"grpc-status") in self._grpc
+        return any(name in self._header_names for name, _ in headers) or self._matched(headers)
+
+    def _matched(self, headers: Headers) -> bool:
+        return any(matches(headers) for matches in self._matches)
 
     def pause_s(
         self, retry_number: int, rng: random.Random, head: ResponseHead | None = None, unix_now: float = 0.0
@@ -198,7 +207,10 @@ class RetryRules:
         the very same head when there is none. Values that are no numbers are ignored; so are unknown conditions.
         """
         headers = head.headers
-        if not any(name in OVERRIDE_HEADERS for name, _ in headers):
+        for name, _ in headers:
+            if name in OVERRIDE_HEADERS:
+                break
+        else:
             return head, self, request_timeout_s
         given: dict[bytes, bytes] = {}
         for name, value in headers:
@@ -224,6 +236,8 @@ class RetryRules:
 
     def _derive(self, given: dict[bytes, bytes]) -> "RetryRules":
         policy = self.policy
+        if policy is SAFE_RETRIES:  # its retries cannot add to a load, and need no pause; those asked for can
+            policy = msgspec.structs.replace(policy, backoff_base_s=BACKOFF_BASE_S, backoff_max_s=BACKOFF_MAX_S)
         added = [text for text in _texts(given.get(_RETRY_ON)) if text in _HTTP_CONDITIONS]
         added += [text for text in _texts(given.get(_RETRY_GRPC_ON)) if text in _GRPC_STATUSES]
         conditions: list[RetryCondition] = [*policy.conditions]

@@ -112,6 +112,19 @@ def test_a_rate_limiters_mark_forbids_a_retry_unless_it_is_asked_for():
     assert not rules("envoy-ratelimited").after_response(response(429))
 
 
+def test_every_way_to_retry_works_beside_every_other():
+    """What decides by header must not hide what decides by status, and the reverse."""
+    absent = NamedMatch("x-final", StringMatch("present", invert=True))
+    compiled = rules("unavailable", "gateway-error", "retriable-headers", headers=(absent,))
+    assert compiled.after_response(response(503, x_final=b"1"))
+    assert compiled.after_response(response(503, x_final=b"1", grpc_status=b"0"))
+    assert compiled.after_response(response(200, x_final=b"1", grpc_status=b"14"))
+    assert compiled.after_response(response(200))
+    assert compiled.after_response(response(200, grpc_status=b"0"))
+    assert not compiled.after_response(response(200, x_final=b"1", grpc_status=b"0"))
+    assert not compiled.after_response(response(503, x_envoy_ratelimited=b"true"))
+
+
 def test_response_headers_are_matched_only_under_their_condition():
     matches = (NamedMatch("x-again", StringMatch("exact", "yes")), NamedMatch("x-shed", StringMatch("present")))
     compiled = rules("retriable-headers", headers=matches)
@@ -309,6 +322,12 @@ def test_numbers_that_are_none_are_ignored(value):
     head = request(x_envoy_max_retries=value, x_envoy_upstream_rq_timeout_ms=value)
     _, compiled, timeout_s = rules("5xx", retries=3).with_headers(head, 15.0, honored=True)
     assert (compiled.retries, timeout_s) == (3, 15.0)
+
+
+def test_what_a_header_asks_for_without_a_policy_pauses_between_tries():
+    _, compiled, _ = compile_retry(None).with_headers(request(x_envoy_retry_on=b"5xx"), 0.0, honored=True)
+    assert compiled.after_response(response(500))
+    assert max(compiled.pause_s(1, random.Random(seed)) for seed in range(100)) > 0.02
 
 
 def test_more_retries_without_any_condition_are_none():
