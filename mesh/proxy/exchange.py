@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from mesh.errors import ProtocolError
 from mesh.http.h1 import ClientConnection
 from mesh.http.head import Headers, RequestHead, ResponseHead
+from mesh.proxy.further_tries import FurtherTries
 from mesh.proxy.relay import Pipe, Relay
 from mesh.proxy.replies import (
     CONNECT_FAILED,
@@ -31,10 +32,11 @@ from mesh.proxy.retry import SAFE_RETRIES, FailureKind, RetryRules, compile_retr
 from mesh.proxy.sidecar_config import IDLE_TIMEOUT_S
 
 if TYPE_CHECKING:
-    from mesh.proxy.further_tries import FurtherTries
     from mesh.proxy.router import Route
 
 SAFE_RULES = compile_retry(SAFE_RETRIES)  # of a target without a policy
+
+_NEVER = float("inf")
 
 _FAILED: dict[FailureKind, Reply] = {
     "connect": CONNECT_FAILED,
@@ -100,8 +102,8 @@ class Attempt(Protocol):
     probe: bool  # the endpoint is on probation, and this request decides
 
     @property
-    def fresh(self) -> bool:
-        """Whether a new connection is wanted, not an idle one."""
+    def resets(self) -> int:
+        """After one, a new connection is wanted, not an idle one: it may have been met by the same."""
 
     def channel_ready(self, channel: "Channel") -> None: ...
     def channel_drained(self) -> None: ...
@@ -191,8 +193,8 @@ class Exchange:
     __slots__ = (
         "_again", "_details", "_held", "_request_trailers", "_retained", "_retained_bytes", "_timer", "_waiting",
         "attempts", "bytes_received", "bytes_sent", "caller", "channel", "context", "decision", "dispatcher", "done",
-        "dress", "endpoint", "endpoint_host", "flags", "forwarded", "hosts_tried", "idle_s", "mirrors", "probe",
-        "replayable", "request", "request_deadline", "request_ended", "request_ended_at", "request_hash",
+        "dress", "endpoint", "endpoint_host", "far", "flags", "forwarded", "hosts_tried", "idle_s", "mirrors", "probe",
+        "replayable", "reply_body", "request", "request_deadline", "request_ended", "request_ended_at", "request_hash",
         "request_timeout_s", "resets", "response_at", "response_head", "response_started", "retry", "route", "sent_at",
         "set_cookie", "started_at", "status", "target", "trailers", "tried", "upstream_failure",
     )  # fmt: skip
@@ -206,6 +208,7 @@ class Exchange:
         self.forwarded = request
         self.started_at = started_at
         self.channel: Channel | None = None
+        self.far: Channel | None = None  # of the last try, also when it is over: for the access log
         self.endpoint: object | None = None  # the target's
         self.endpoint_host = ""  # of the last attempt
         self.hosts_tried: tuple[str, ...] = ()
@@ -227,6 +230,7 @@ class Exchange:
         self.flags = ""
         self.decision = ""  # the policy's reason
         self.upstream_failure = ""
+        self.reply_body = b""  # of an answer of our own
         self.bytes_received = 0
         self.bytes_sent = 0
         self.request_ended = False
@@ -261,11 +265,6 @@ class Exchange:
     def route_name(self) -> str:
         """The rule's name."""
         return self.route.name if self.route is not None else ""
-
-    @property
-    def fresh(self) -> bool:
-        """After a reset, which may have met the idle connections too."""
-        return self.resets > 0
 
     def flag(self, flags: str) -> None:
         """Adds response flags."""
@@ -396,7 +395,7 @@ class Exchange:
     def channel_ready(self, channel: Channel) -> None:
         """A channel is ours: send what there is of the request."""
         self._waiting = False
-        self.channel = channel
+        self.channel = self.far = channel
         self.attempts += 1
         self.sent_at = self.dispatcher.reactor.now
         codec = channel.codec
@@ -438,7 +437,7 @@ class Exchange:
         if self.done:
             return
         self._leave(reusable=False)
-        body = reply.text(self.attempts)
+        body = self.reply_body = reply.text(self.attempts)
         self.status = reply.status
         self.flag(reply.flags)
         self._details = reply.details
@@ -467,16 +466,21 @@ class Exchange:
         if self.request.http_minor and not self.response_started:
             self.caller.write(self.caller.codec.send_informational(head))
 
-    def response(self, head: ResponseHead | None, body: bytes, *, ended: bool, trailers: Headers = ()) -> None:
-        """What one read of the channel held: the head when it came, body bytes, trailers, the end."""
+    def response(
+        self, head: ResponseHead | None, body: bytes, *, ended: bool, trailers: Headers = (), judged: bool = False
+    ) -> None:
+        """What one read of the channel held: the head when it came, body bytes, trailers, the end. With `judged` it has
+        been decided that this is the response to pass on.
+        """
         caller = self.caller
         codec = caller.codec
         if head is not None:
+            if not judged:
+                if self.target.watched:
+                    self.target.responded(self, head, self.sent_at)
+                if (self.retry is not SAFE_RULES or self._again is not None) and self._retries_after(head):
+                    return
             self.response_at = self.dispatcher.reactor.now
-            if self.target.watched:
-                self.target.responded(self, head, self.sent_at)
-            if (self.retry is not SAFE_RULES or self._again is not None) and self._retries_after(head):
-                return
             self.response_head = head
             self.status = head.status
             self.response_started = True
@@ -549,11 +553,9 @@ class Exchange:
 
     # ---- tries
 
-    def further_tries(self) -> "FurtherTries":
+    def further_tries(self) -> FurtherTries:
         """What is needed beyond the first try."""
         if self._again is None:
-            from mesh.proxy.further_tries import FurtherTries
-
             self._again = FurtherTries(self)
         return self._again
 
@@ -573,12 +575,22 @@ class Exchange:
             self.target.failed(self, kind, self.sent_at)
         if (self.retry.after_failure(kind) or self._again is not None) and self.further_tries().after_failure(kind):
             return
-        self.fail(_FAILED.get(kind, TERMINATED))
+        self.fail(self.reply_to(kind))
 
     def skip_endpoint(self) -> None:
         """The endpoint of this try is not to be tried again."""
         if self.endpoint is not None:
             self.tried += (self.endpoint,)
+
+    @property
+    def counts_retries(self) -> bool:
+        """Whether budgets and flags apply: the retries that are always safe add no load."""
+        return self.retry is not SAFE_RULES
+
+    @staticmethod
+    def reply_to(kind: FailureKind) -> Reply:
+        """What the caller gets when its last try failed so."""
+        return _FAILED.get(kind, TERMINATED)
 
     @property
     def trying(self) -> bool:
@@ -588,7 +600,7 @@ class Exchange:
     def take_over(self, channel: Channel, attempt: Attempt) -> None:
         """A hedged attempt has won: its channel is ours, and what we had is given up."""
         self.leave_channel(reusable=False)
-        self.channel = channel
+        self.channel = self.far = channel
         self.endpoint, self.endpoint_host, self.probe = attempt.endpoint, attempt.endpoint_host, attempt.probe
         attempt.endpoint = None
         channel.handed_to(self)
@@ -657,6 +669,3 @@ class Exchange:
             relay.received(caller, early)
         if late:
             relay.received(channel, late)
-
-
-_NEVER = float("inf")

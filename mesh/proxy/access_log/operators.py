@@ -51,8 +51,7 @@ def _names(argument: str) -> tuple[bytes, bytes]:
 
 
 def _scheme(exchange: LoggedExchange) -> bytes:
-    near = exchange.near
-    return b"https" if near is not None and near.tls_version else b"http"
+    return b"https" if getattr(exchange.caller, "tls_version", "") else b"http"
 
 
 def _transfer_encoding(head: RequestHead) -> Value:
@@ -253,8 +252,7 @@ def _host(address: str) -> str:
 
 def _near(attribute: str) -> _Get:
     def get(exchange: LoggedExchange) -> Value:
-        near = exchange.near
-        value: str | int | None = None if near is None else getattr(near, attribute)
+        value: str | int | None = getattr(exchange.caller, attribute, None)
         return value
 
     return get
@@ -262,8 +260,7 @@ def _near(attribute: str) -> _Get:
 
 def _far(attribute: str) -> _Get:
     def get(exchange: LoggedExchange) -> Value:
-        far = exchange.far
-        value: str | int | None = None if far is None else getattr(far, attribute)
+        value: str | int | None = getattr(exchange.far, attribute, None)
         return value
 
     return get
@@ -397,9 +394,9 @@ _OTHERS: dict[str, _Get] = {
     "RESPONSE_FLAGS_LONG": lambda exchange: long_form(exchange.flags),
     "LOCAL_REPLY_BODY": lambda exchange: exchange.reply_body,
     "ROUTE_NAME": lambda exchange: exchange.route_name,
-    "FILTER_CHAIN_NAME": lambda exchange: exchange.filter_chain,
+    "FILTER_CHAIN_NAME": lambda exchange: getattr(exchange.dispatcher, "name", None),
     "POLICY_DECISION": lambda exchange: exchange.decision,  # ours: why policy let it in, or did not
-    "SOURCE_SERVICE": lambda exchange: exchange.source,  # ours: who called, by its certificate
+    "SOURCE_SERVICE": _near("source"),  # ours: who called, by its certificate
 }
 
 

@@ -85,13 +85,16 @@ class LoggedExchange(Protocol):
     @property
     def decision(self) -> str: ...
     @property
-    def near(self) -> Ends | None: ...
+    def caller(self) -> object:
+        """The accepted connection: an `Ends`, with `source`, the calling service by its certificate."""
+
     @property
-    def far(self) -> Ends | None: ...
+    def far(self) -> object:
+        """The connection of the last try: an `Ends`, or None."""
+
     @property
-    def filter_chain(self) -> str: ...
-    @property
-    def source(self) -> str: ...
+    def dispatcher(self) -> object:
+        """The listener's side; its `name` is that of the filter chain."""
 
 
 class Surroundings(msgspec.Struct, frozen=True):

@@ -27,7 +27,7 @@ SURROUNDINGS = Surroundings("host-1", {"REGION": "eu"})
 OFFSET_S = 1_700_000_000.0
 NEAR = SimpleNamespace(
     local_address="127.0.0.1:9191", remote_address="10.1.2.3:5555", tls_version="TLSv1.3",
-    tls_cipher="TLS_AES_128_GCM_SHA256", peer_uri_san="spiffe://d/ns/default/dc/dc1/svc/web", number=7,
+    tls_cipher="TLS_AES_128_GCM_SHA256", peer_uri_san="spiffe://d/ns/default/dc/dc1/svc/web", number=7, source="web",
 )  # fmt: skip
 FAR = SimpleNamespace(
     local_address="10.0.0.1:40000", remote_address="[::1]:80", tls_version="TLSv1.2", tls_cipher="X",
@@ -51,8 +51,8 @@ def exchange(**fields):
         "bytes_sent": 5, "attempts": 2, "endpoint_host": "10.0.0.9:80", "hosts_tried": ("10.0.0.8:80", "10.0.0.9:80"),
         "target_name": "api", "route_name": "r1", "upstream_failure": "", "reply_body": b"", "decision": "allowed",
         "response_head": ResponseHead(200, ((b"content-type", b"application/grpc"), (b"x-a", b"1")), 5),
-        "trailers": ((b"grpc-status", b"14"),), "near": NEAR, "far": FAR, "filter_chain": "public_listener",
-        "source": "web",
+        "trailers": ((b"grpc-status", b"14"),), "caller": NEAR, "far": FAR,
+        "dispatcher": SimpleNamespace(name="public_listener"),
     }  # fmt: skip
     return SimpleNamespace(**{**values, **fields})
 
@@ -173,7 +173,7 @@ def test_operators_in_a_text_line(operator, shown):
 def test_what_did_not_happen_is_missing():
     failed = exchange(
         status=503, flags="URX,UF", sent_at=0.0, response_at=0.0, request_ended_at=0.0, response_head=None, trailers=(),
-        near=None, far=None, endpoint_host="", hosts_tried=(), attempts=0, upstream_failure="connection refused",
+        caller=None, far=None, endpoint_host="", hosts_tried=(), attempts=0, upstream_failure="connection refused",
         details="upstream_reset_before_response_started{connection_failure}", reply_body=b"no\nway",
     )  # fmt: skip
     assert text(
