@@ -12,8 +12,8 @@ SERVICE = "api"
 SOURCES = ("web", "cart", "admin", "webb")
 _PATHS = (
     "/", "/admin", "/admin/", "/admin/users", "/Admin", "/api", "/api/v1", "/api/v1/orders", "/api/v2/orders/17",
-    "/apix", "/users/42", "/users/42/secret", "/a/../admin", "/a/%2e%2e/admin", "/%61dmin", "/./admin", "/api/v1?x=/admin",
-    "/admin?", "/users/x", "/api/v10", "/%2Fadmin",
+    "/apix", "/users/42", "/users/42/secret", "/a/../admin", "/a/%2e%2e/admin", "/%61dmin", "/./admin",
+    "/api/v1?x=/admin", "/admin?", "/users/x", "/api/v10", "/%2Fadmin",
 )  # fmt: skip
 _EXACT = ("/", "/admin", "/api/v1", "/users/42", "/%61dmin", "/admin/")
 _PREFIX = ("/", "/admin", "/api/", "/api/v1", "/users", "/a")

@@ -43,7 +43,7 @@ class HttpAccepted(Connection):
     """A connection that a client opened to one of our listeners: requests in, one exchange at a time, in order."""
 
     __slots__ = (
-        "_backlog", "_head_began", "_processing", "_relay", "codec", "exchange", "peer", "service", "source",
+        "_backlog", "_head_began", "_processing", "_relay", "client_cert", "codec", "exchange", "peer", "service", "source",
         "valid_until_s",
     )  # fmt: skip
 
@@ -53,12 +53,18 @@ class HttpAccepted(Connection):
         self.peer = peer
         self.source = ""  # the caller's service, once identified
         self.valid_until_s = 0.0  # Unix time when its certificate ends
+        self.client_cert = b""  # its element of x-forwarded-client-cert, once asked for
         self.exchange: Exchange | None = None
         self.codec = ServerConnection()
         self._backlog: Sequence[RequestEvent] = ()
         self._processing = False
         self._head_began = False
         self._relay: Relay | None = None
+
+    @property
+    def relaying(self) -> bool:
+        """Whether it was upgraded and carries another protocol now."""
+        return self._relay is not None
 
     def start(self) -> None:
         """Waits for a first request."""

@@ -1,78 +1,31 @@
 """The public side: mutual TLS, who the caller is, whether it may come in, and the local application behind."""
 
-import logging
+import math
 import socket
 import time
+from collections.abc import Iterable
 
+from agent.dataplane.gate import Gate
 from agent.dataplane.http_accepted import HttpAccepted
 from agent.dataplane.http_service import HttpService
 from agent.dataplane.identity import SidecarIdentity
-from agent.dataplane.metrics import ListenerMetrics
+from agent.dataplane.metrics import ListenerMetrics, Sample
 from agent.dataplane.reactor import Reactor
+from agent.dataplane.sniffer import Outcome
 from agent.dataplane.target import Target
 from agent.dataplane.tcp import TcpAccepted
 from agent.dataplane.tracing import Tracer
 from agent.dataplane.transport import PlainTransport
-from mesh.authz import Policy
-from mesh.ca.svid import Svid
-from mesh.errors import InvalidIdentity
+from mesh.authz import Verdict
+from mesh.authz.observed import ObservedListener
+from mesh.http.head import Headers
+from mesh.proxy.client_cert import Edit, compile_edit, without
+from mesh.proxy.exchange import Exchange
 from mesh.proxy.pool import LOCAL_IDLE_TIMEOUT_S
-from mesh.proxy.sidecar_config import EndpointConfig, InboundListener, LimitsConfig, SourceRule
-
-_LOG = logging.getLogger("mesh.dataplane")
-
-REFUSALS_LOGGED_MAX = 100  # different reasons per listener
+from mesh.proxy.sidecar_config import EndpointConfig, InboundListener, LimitsConfig
 
 _UNLIMITED = LimitsConfig(connections_max=2**31, pending_requests_max=2**31, requests_max=2**31)
-
-
-class Authorizer:
-    """The L4 rules of one listener, as they stand now."""
-
-    def __init__(self) -> None:
-        self._key: tuple[tuple[SourceRule, ...], bool] = ((), False)
-        self._policy = Policy((), default_allow=False)
-
-    def update(self, rules: tuple[SourceRule, ...], *, default_allow: bool) -> bool:
-        """Takes new rules; whether they differ from those before."""
-        if (rules, default_allow) == self._key:
-            return False
-        self._key = (rules, default_allow)
-        self._policy = Policy(rules, default_allow=default_allow)
-        return True
-
-    def allows(self, source: str) -> bool:
-        """Whether a service may come in."""
-        return self._policy.connection(source).allowed
-
-
-class _Gate:
-    """Identity and policy of one inbound listener."""
-
-    def __init__(self, metrics: ListenerMetrics) -> None:
-        self.identity: SidecarIdentity
-        self.authorizer = Authorizer()
-        self._metrics = metrics
-        self._refused_logged: set[str] = set()
-
-    def caller(self, accepted: HttpAccepted | TcpAccepted) -> Svid | None:
-        """Who calls, or None when its certificate is no service's that we accept."""
-        assert accepted.tls is not None
-        try:
-            svid = self.identity.client_svid(accepted.tls)
-        except InvalidIdentity as error:
-            self._refuse(accepted.peer, str(error))
-            return None
-        if svid.spiffe_id.service is None:
-            self._refuse(accepted.peer, f"{svid.spiffe_id} is not a service's identity")
-            return None
-        return svid
-
-    def _refuse(self, peer: str, reason: str) -> None:
-        self._metrics.tls_errors += 1
-        if reason not in self._refused_logged and len(self._refused_logged) < REFUSALS_LOGGED_MAX:
-            self._refused_logged.add(reason)
-            _LOG.warning("a client at %s was refused: %s", peer, reason)
+_EXPIRED = Verdict(allowed=False, rule="expired certificate")
 
 
 def _local_endpoint(listener: InboundListener) -> tuple[EndpointConfig, ...]:
@@ -86,23 +39,41 @@ class InboundHttp(HttpService):
         super().__init__(reactor, metrics, target, tracer)
         self.inbound = True
         self.connections_max = 0
-        self._gate = _Gate(metrics)
+        self._gate = Gate(reactor, metrics, http=True)
+        self._edit: Edit | None = None
         self.target.transport = PlainTransport()
         self.target.idle_timeout_s = LOCAL_IDLE_TIMEOUT_S
 
     def update(self, listener: InboundListener, identity: SidecarIdentity) -> None:
-        """New tables; open connections keep the identity that they were verified with."""
-        self._gate.identity = identity
-        self._gate.authorizer.update(listener.intentions, default_allow=listener.default_allow)
+        """New tables; open connections keep the identity that they were verified with, and requests under way their
+        verdict. What was upgraded (WebSocket) is closed when its request would no longer be let in.
+        """
+        self._edit = compile_edit(listener.forward_client_cert)
+        self.forwards_client_cert = self._edit is not None
         self.connections_max = listener.connections_max
         self.request_timeout_s = listener.request_timeout_s
         self.target.update(_local_endpoint(listener), connect_timeout_s=listener.connect_timeout_s, limits=_UNLIMITED)
+        if self._gate.update(listener, identity):
+            for accepted in tuple(self.accepted):
+                exchange = accepted.exchange
+                if accepted.relaying and exchange is not None and not self._judge(accepted, exchange).allowed:
+                    self.metrics.denied += 1
+                    accepted.abort()
 
     def accept(self, sock: socket.socket, peer: str) -> None:
         """Listener callback."""
-        accepted = HttpAccepted(self.reactor, sock, self, peer)
-        self.accepted.add(accepted)
-        accepted.attach_tls(self._gate.identity.server, server_side=True)
+
+        def begin(sock: socket.socket, outcome: Outcome) -> None:
+            accepted = HttpAccepted(self.reactor, sock, self, peer)
+            self.accepted.add(accepted)
+            if outcome == "tls":
+                accepted.attach_tls(self._gate.identity.server, server_side=True)
+            else:
+                accepted.valid_until_s = math.inf
+                accepted.attach()
+                accepted.start()
+
+        self._gate.admit(sock, begin)
 
     def identify(self, accepted: HttpAccepted) -> bool:
         """HttpAccepted callback."""
@@ -111,14 +82,49 @@ class InboundHttp(HttpService):
             return False
         accepted.source = caller.spiffe_id.service or ""
         accepted.valid_until_s = caller.not_after_s
+        if self.forwards_client_cert:
+            accepted.client_cert = self._gate.client_cert(accepted)
         return True
 
-    def allowed(self, accepted: HttpAccepted) -> bool:
+    def _judge(self, accepted: HttpAccepted, exchange: Exchange) -> Verdict:
+        verdict = self._gate.policy.verdict(accepted.source, exchange.request)
+        exchange.decision = verdict.text
+        return verdict
+
+    def allowed(self, accepted: HttpAccepted, exchange: Exchange) -> bool:
         """HttpService callback. A caller that renews its leaf connects anew with it, long before the old one ends."""
         if time.time() > accepted.valid_until_s:
             accepted.codec.must_close = True
+            exchange.decision = _EXPIRED.text
             return False
-        return self._gate.authorizer.allows(accepted.source)
+        gate, request, source = self._gate, exchange.request, accepted.source
+        verdict = gate.policy.verdict(source, request)
+        exchange.decision = verdict.text
+        gate.edges.count(source, request.method, request.path, self.reactor.now, allowed=verdict.allowed)
+        if verdict.audit_denied:
+            gate.audited(source, verdict, f"{request.method.decode()} {request.path[:200].decode('latin-1')}")
+        return verdict.allowed
+
+    def client_cert_headers(self, accepted: HttpAccepted, headers: Headers) -> Headers:
+        """HttpService callback."""
+        if self._edit is None:
+            return without(headers)
+        if accepted.tls is not None and not accepted.client_cert:
+            accepted.client_cert = self._gate.client_cert(accepted)  # it came before this was asked for
+        return self._edit(headers, accepted.client_cert)
+
+    def drain(self, *, idle_s: float = 0.0) -> None:
+        """As HttpService's."""
+        self._gate.close()
+        super().drain(idle_s=idle_s)
+
+    def observed(self, since_s: float) -> ObservedListener:
+        """Who called in the last `since_s` seconds."""
+        return self._gate.observed(since_s)
+
+    def policy_samples(self) -> Iterable[Sample]:
+        """The counters of policy."""
+        return self._gate.samples()
 
 
 class InboundTcp:
@@ -130,25 +136,36 @@ class InboundTcp:
         self.target = target
         self.connections_max = 0
         self.accepted: set[TcpAccepted] = set()
-        self._gate = _Gate(metrics)
+        self._gate = Gate(reactor, metrics, http=False)
         self.target.transport = PlainTransport()
 
     def update(self, listener: InboundListener, identity: SidecarIdentity) -> None:
         """New tables; what they no longer allow is closed."""
-        self._gate.identity = identity
         self.connections_max = listener.connections_max
         self.target.update(_local_endpoint(listener), connect_timeout_s=listener.connect_timeout_s, limits=_UNLIMITED)
-        if self._gate.authorizer.update(listener.intentions, default_allow=listener.default_allow):
+        if self._gate.update(listener, identity):
             for accepted in tuple(self.accepted):
-                if accepted.source and not self._gate.authorizer.allows(accepted.source):
+                known = accepted.source or accepted.tls is None  # else it is still shaking hands
+                if known and not self._gate.policy.connection(accepted.source).allowed:
                     self.metrics.denied += 1
                     accepted.abort()
 
     def accept(self, sock: socket.socket, peer: str) -> None:
         """Listener callback."""
-        accepted = TcpAccepted(self.reactor, sock, self, self.target, peer)
-        self.accepted.add(accepted)
-        accepted.attach_tls(self._gate.identity.server, server_side=True)
+
+        def begin(sock: socket.socket, outcome: Outcome) -> None:
+            accepted = TcpAccepted(self.reactor, sock, self, self.target, peer)
+            self.accepted.add(accepted)
+            if outcome == "tls":
+                accepted.attach_tls(self._gate.identity.server, server_side=True)
+                return
+            accepted.attach()
+            if self._allowed(""):
+                accepted.start()
+            else:
+                accepted.close()
+
+        self._gate.admit(sock, begin)
 
     def identify(self, accepted: TcpAccepted) -> bool:
         """TcpAccepted callback."""
@@ -156,11 +173,19 @@ class InboundTcp:
         if caller is None:
             return False
         source = caller.spiffe_id.service or ""
-        if not self._gate.authorizer.allows(source):
-            self.metrics.denied += 1
+        if not self._allowed(source):
             return False
         accepted.source = source
         return True
+
+    def _allowed(self, source: str) -> bool:
+        verdict = self._gate.policy.connection(source)
+        self._gate.edges.count(source, b"", b"", self.reactor.now, allowed=verdict.allowed)
+        if verdict.audit_denied:
+            self._gate.audited(source, verdict, "a connection")
+        if not verdict.allowed:
+            self.metrics.denied += 1
+        return verdict.allowed
 
     def accepted_gone(self, accepted: TcpAccepted) -> None:
         """An accepted connection is closed."""
@@ -169,4 +194,13 @@ class InboundTcp:
 
     def drain(self, *, idle_s: float = 0.0) -> None:
         """Open relays go on until they end, idle or not."""
+        self._gate.close()
         self.target.close()
+
+    def observed(self, since_s: float) -> ObservedListener:
+        """Who called in the last `since_s` seconds."""
+        return self._gate.observed(since_s)
+
+    def policy_samples(self) -> Iterable[Sample]:
+        """The counters of policy."""
+        return self._gate.samples()

@@ -13,7 +13,7 @@ joined, or last-one-wins, a repeated header talks its way around a rule (Envoy C
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import force_setattr, replace
 
 from mesh.authz.rules import SourceRule
 from mesh.errors import ConfigError, ProtocolError
@@ -28,28 +28,25 @@ from mesh.model.permission import Permission
 class Verdict(msgspec.Struct, frozen=True, gc=False):
     """What happens to a request, and by which rule: `web=>api deny`, `web=>api permission 2 deny`, empty: the default.
 
-    `audit_denied`: it would be refused, were the rule not in audit mode; `allowed` is True then.
+    `audit_denied`: it would be refused, were the rule not in audit mode; `allowed` is True then. `text` is for access
+    logs (`allowed: web=>api allow`, `denied: default`, `audit-denied: rule web=>api deny`), `details` for Envoy's
+    RESPONSE_CODE_DETAILS of a refusal (no blanks, `none` when no rule matched). Both are made once, with the rule.
     """
 
     allowed: bool
     rule: str
     audit_denied: bool = False
+    text: str = ""
+    details: str = ""
 
-    @property
-    def details(self) -> str:
-        """As Envoy's RESPONSE_CODE_DETAILS have it for a refusal: no blanks, `none` when no rule matched."""
+    def __post_init__(self) -> None:
+        rule = self.rule or "default"
+        text = (
+            f"audit-denied: rule {rule}" if self.audit_denied else f"{'allowed' if self.allowed else 'denied'}: {rule}"
+        )
         name = self.rule.replace(" ", "_") or "none"
-        return f"rbac_access_denied_matched_policy[{name}]"
-
-    @property
-    def text(self) -> str:
-        """For the access log: `allowed: web=>api allow`, `denied: default`, `audit-denied: rule web=>api deny`."""
-        if self.audit_denied:
-            return f"audit-denied: rule {self.rule or 'default'}"
-        return f"{'allowed' if self.allowed else 'denied'}: {self.rule or 'default'}"
-
-
-Decide = Callable[[RequestHead], Verdict]
+        force_setattr(self, "text", text)
+        force_setattr(self, "details", f"rbac_access_denied_matched_policy[{name}]")
 
 
 class _Condition(msgspec.Struct, frozen=True):

@@ -13,6 +13,7 @@ import msgspec
 from mesh.authz.rules import SourceRule as SourceRule
 from mesh.errors import ConfigError
 from mesh.model.permission import Permission as Permission
+from mesh.proxy.client_cert import ClientCertField, ForwardClientCert
 from mesh.traffic.policy import (
     LoadBalancing,
     OutlierDetection,
@@ -92,7 +93,6 @@ class TargetConfig(msgspec.Struct, frozen=True):
 
 
 MtlsMode = Literal["strict", "permissive"]
-ForwardClientCert = Literal["sanitize", "forward", "append_forward", "sanitize_set", "always_forward"]
 
 
 class InboundListener(msgspec.Struct, frozen=True):
@@ -113,6 +113,7 @@ class InboundListener(msgspec.Struct, frozen=True):
     audit: bool = False
     mtls: MtlsMode = "strict"
     forward_client_cert: ForwardClientCert = "sanitize"
+    client_cert_fields: tuple[ClientCertField, ...] = ("uri",)  # beside By and Hash
     routes: RouteTable = RouteTable()  # their targets: `local_app` only
     rate_limit: RateLimit | None = None
     connect_timeout_s: float = CONNECT_TIMEOUT_S
