@@ -157,8 +157,9 @@ def _cookie_part(name: bytes) -> _Part:
                 for pair in value.split(b";"):
                     key, equals, text = pair.strip(b" \t").partition(b"=")
                     if equals and key == name:
-                        quoted = len(text) >= 2 and text[:1] == b'"' == text[-1:]
-                        return xxh64(text[1:-1] if quoted else text)
+                        if len(text) >= 2 and text[:1] == b'"' == text[-1:]:
+                            text = text[1:-1]
+                        return xxh64(text) if text else None  # an empty one is as good as none
         return None
 
     return part

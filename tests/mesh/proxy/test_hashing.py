@@ -116,7 +116,8 @@ def test_the_first_value_of_a_query_parameter_is_hashed(query, expected):
     [
         ((b"a=1; sid=xyz; sid=other",), b"xyz"),
         ((b"a=1", b'sid="xyz"'), b"xyz"),
-        ((b"sid=",), b""),
+        ((b"sid=",), None),
+        ((b'sid=""; a=1',), None),
         ((b"xsid=1; sidx=2; a=sid",), None),
         ((b"sid",), None),
     ],
