@@ -18,11 +18,15 @@ from agent.dataplane.supervisor import WorkerSupervisor
 from agent.follow import follow
 from agent.leaves import Leaf, LeafManager
 from agent.runtime import Runtime
-from agent.sidecar_render import SidecarFacts, UpstreamFacts, render
+from agent.sidecar_render import SidecarFacts, render
+from agent.upstream_render import UpstreamFacts
 from mesh.errors import ConfigError, LimitExceeded, Refused, Unreachable
 from mesh.model.catalog import Proxy, Service
-from mesh.model.query import Answer, AnswerT, Asks, GetConfigEntry, ListServiceHealth, MatchIntentions
+from mesh.model.config_entry import ConfigEntry
+from mesh.model.query import Answer, AnswerT, Asks, ListConfigEntries, ListServiceHealth, MatchIntentions
 from mesh.proxy.sidecar_config import SIDECARS_MAX, SidecarConfig, WorkerConfig, check
+from mesh.traffic.consul import Chain, compile_chain
+from mesh.traffic.neutral import SERVICE_TRAFFIC
 from mesh.wire import encode
 
 _LOG = logging.getLogger("mesh.sidecars")
@@ -32,7 +36,11 @@ RETRY_S_MIN = 0.5
 RETRY_S_MAX = 30.0
 GATE_CHECK_S = 1.0  # a taken-over worker waits for facts; this notices those that nobody announces
 
-_PROXY_DEFAULTS = GetConfigEntry("proxy-defaults", "global")
+# Few entries in all, and a chain can lead from any to any: each kind is followed as a whole.
+_KINDS = (
+    "mesh", "proxy-defaults", "service-defaults", "service-router", "service-splitter", "service-resolver",
+    SERVICE_TRAFFIC,
+)  # fmt: skip
 
 ValueT = TypeVar("ValueT")
 
@@ -66,23 +74,53 @@ class _Sidecar:
     proxy: Proxy
     application_port: int
 
-    def queries(self, datacenter: str) -> Iterable[Asks[object]]:
+    def queries(self, datacenter: str, chains: "_Chains") -> Iterable[Asks[object]]:
         """Everything about the cluster that its configuration depends on."""
         yield cast(Asks[object], _intentions(self.proxy.destination_service_name))
-        yield cast(Asks[object], _defaults(self.proxy.destination_service_name))
-        yield cast(Asks[object], _PROXY_DEFAULTS)
-        for upstream in self.proxy.upstreams:
-            if upstream.destination_type == "service" and upstream.datacenter in ("", datacenter):
-                yield cast(Asks[object], _health(upstream.destination_name))
-                yield cast(Asks[object], _defaults(upstream.destination_name))
+        for kind in _KINDS:
+            yield cast(Asks[object], ListConfigEntries(kind))
+        for name in self.upstreams(datacenter):
+            for service in chains.services(name):
+                yield cast(Asks[object], _health(service))
+
+    def upstreams(self, datacenter: str) -> tuple[str, ...]:
+        """The services it may call."""
+        return tuple(
+            upstream.destination_name
+            for upstream in self.proxy.upstreams
+            if upstream.destination_type == "service" and upstream.datacenter in ("", datacenter)
+        )
+
+
+class _Chains:
+    """The discovery chains under the config entries of the moment, compiled when they are first asked for."""
+
+    def __init__(self, entries: Mapping[tuple[str, str], ConfigEntry]) -> None:
+        self.entries = entries
+        self._chains: dict[str, Chain | None] = {}
+        self.problems: dict[str, str] = {}  # by service: why it has no chain
+
+    def of(self, service: str) -> Chain | None:
+        """The service's chain; None when its entries make no sense."""
+        if service not in self._chains:
+            try:
+                self._chains[service] = compile_chain(service, self.entries)
+            except ConfigError as error:
+                self._chains[service] = None
+                self.problems[service] = str(error)
+        return self._chains[service]
+
+    def services(self, service: str) -> tuple[str, ...]:
+        """Every service whose instances the chain needs."""
+        chain = self.of(service)
+        if chain is None:
+            return ()
+        targets = (chain.target, *chain.targets)
+        return tuple(dict.fromkeys(part.service for target in targets for part in target.instances))
 
 
 def _health(service: str) -> ListServiceHealth:
-    return ListServiceHealth(service, passing_only=True, connect=True)
-
-
-def _defaults(service: str) -> GetConfigEntry:
-    return GetConfigEntry("service-defaults", service)
+    return ListServiceHealth(service, connect=True)
 
 
 def _intentions(service: str) -> MatchIntentions:
@@ -117,6 +155,7 @@ class SidecarManager:
         self._default_allow = default_allow
         self._tracing = (tracing_endpoint, trace_sampling)
         self._sidecars: dict[str, _Sidecar] = {}
+        self._chains = _Chains({})
         self._watches: dict[bytes, _Watch] = {}
         self._holds: dict[str, Callable[[], None]] = {}
         self._last_leaves: dict[str, Leaf] = {}  # also after expiry: a worker keeps what it has
@@ -187,7 +226,9 @@ class SidecarManager:
             del self._rendered[proxy_id]
             self._warned.pop(proxy_id, None)
         wanted = {
-            encode(query): query for sidecar in self._sidecars.values() for query in sidecar.queries(self._datacenter)
+            encode(query): query
+            for sidecar in self._sidecars.values()
+            for query in sidecar.queries(self._datacenter, self._chains)
         }
         for key in [key for key in self._watches if key not in wanted]:
             self._watches.pop(key).scope.cancel()
@@ -210,11 +251,21 @@ class SidecarManager:
 
     async def _watch(self, watch: _Watch) -> None:
         def deliver(answer: Answer[object]) -> None:
-            watch.answer = answer
+            former, watch.answer = watch.answer, answer
+            if isinstance(watch.query, ListConfigEntries) and (former is None or former.value != answer.value):
+                self._entries_changed()
             self._changed()
 
         with watch.scope:
             await follow(self._backend, watch.query, deliver, rng=self._rng)
+
+    def _entries_changed(self) -> None:
+        """Chains may lead elsewhere now, to services that are not followed yet."""
+        entries: dict[tuple[str, str], ConfigEntry] = {}
+        for kind in _KINDS:
+            entries.update(((kind, entry.name), entry) for entry in self._value(ListConfigEntries(kind), ()))
+        self._chains = _Chains(entries)
+        self._stale.set()
 
     def _answer(self, query: Asks[AnswerT]) -> Answer[AnswerT] | None:
         watch = self._watches.get(encode(query))
@@ -232,6 +283,8 @@ class SidecarManager:
         """
         if self._caught_up or self._supervisor.fresh:
             return True
+        if self._stale.is_set():
+            return False  # what the entries just said may need further facts
         return all(watch.answer is not None for watch in self._watches.values()) and all(
             self._leaf(service) is not None or self._leaves.refusal(service) is not None for service in self._holds
         )
@@ -247,7 +300,7 @@ class SidecarManager:
         rendered: dict[str, SidecarConfig] = {}
         for proxy_id, sidecar in self._sidecars.items():
             leaf = self._leaf(sidecar.proxy.destination_service_name)
-            answers = [self._answer(query) for query in sidecar.queries(self._datacenter)]
+            answers = [self._answer(query) for query in sidecar.queries(self._datacenter, self._chains)]
             config = None
             # Without an identity or the rules it would serve nobody, or everybody.
             if leaf is not None and all(answers):
@@ -266,9 +319,11 @@ class SidecarManager:
         former = self._rendered.get(proxy_id)
         if former is not None and len(former[0]) == len(sources) and all(map(operator.is_, former[0], sources)):
             return former[1]
-        result = render(self._facts(sidecar, leaf))
+        result = render(self._facts(sidecar, leaf), self._accepted.get(proxy_id))
         config: SidecarConfig | None = result.config
-        warnings = result.warnings
+        problems = self._chains.problems
+        unclear = [name for name in sidecar.upstreams(self._datacenter) if name in problems]
+        warnings = (*result.warnings, *(f"upstream {name} stays as it was: {problems[name]}" for name in unclear))
         try:
             check(WorkerConfig(0, (result.config,)))
         except ConfigError as error:
@@ -280,9 +335,12 @@ class SidecarManager:
 
     def _facts(self, sidecar: _Sidecar, leaf: Leaf) -> SidecarFacts:
         destination = sidecar.proxy.destination_service_name
-        names = {upstream.destination_name for upstream in sidecar.proxy.upstreams}
         upstreams: Mapping[str, UpstreamFacts] = {
-            name: UpstreamFacts(self._value(_health(name), ()), self._value(_defaults(name), None)) for name in names
+            name: UpstreamFacts(
+                self._chains.of(name),
+                {service: self._value(_health(service), ()) for service in self._chains.services(name)},
+            )
+            for name in sidecar.upstreams(self._datacenter)
         }
         return SidecarFacts(
             service=sidecar.service,
@@ -294,8 +352,7 @@ class SidecarManager:
             certificate_chain_pem=leaf.certificate_pem,
             private_key_pem=leaf.private_key_pem,
             intentions=self._value(_intentions(destination), ()),
-            service_defaults=self._value(_defaults(destination), None),
-            proxy_defaults=self._value(_PROXY_DEFAULTS, None),
+            entries=self._chains.entries,
             upstreams=upstreams,
         )
 

@@ -82,3 +82,9 @@ class ServiceHealth(msgspec.Struct, frozen=True):
     node: Node
     service: Service
     checks: tuple[Check, ...]
+
+    @property
+    def status(self) -> CheckStatus:
+        """The worst of its checks."""
+        statuses = {check.status for check in self.checks}
+        return "critical" if "critical" in statuses else "warning" if "warning" in statuses else "passing"

@@ -34,6 +34,7 @@ CONNECTIONS_MAX = 1024  # Envoy's circuit breaker defaults, per endpoint here
 PENDING_REQUESTS_MAX = 1024
 REQUESTS_MAX = 1024
 RETRIES_MAX = 3
+LOCAL_APPLICATION = "local_app"  # the one target of an inbound listener, by Consul's name
 SIDECARS_MAX = 4096
 ENDPOINTS_MAX = 65536
 

@@ -13,6 +13,7 @@ from mesh.errors import ConfigError
 from mesh.model.config_entry import ConfigEntry
 from mesh.model.match import NamedMatch, PathMatch, RouteMatch, StringKind, StringMatch
 from mesh.traffic.fields import Table
+from mesh.traffic.neutral import SERVICE_TRAFFIC, ServiceTraffic, TargetPolicy, service_traffic, target_names
 from mesh.traffic.policy import LoadBalancing, RetryCondition, RetryPolicy, Timeouts
 from mesh.traffic.resolver import load_balancing
 from mesh.traffic.route import Forward, HeaderEdits, RouteTable, Rule, VirtualHost, WeightedTarget
@@ -65,6 +66,7 @@ class Chain(msgspec.Struct, frozen=True):
     target: ChainTarget
     targets: tuple[ChainTarget, ...] = ()  # further ones
     routes: RouteTable = RouteTable()
+    policies: dict[str, TargetPolicy] = {}  # by target
 
 
 def protocol_of(service: str, entries: Entries) -> str:
@@ -101,6 +103,21 @@ class _Compiler:
         self._targets: dict[str, ChainTarget] = {}
 
     def compile(self) -> Chain:
+        neutral = ServiceTraffic()
+        entry = self._entries.get((SERVICE_TRAFFIC, self._service))
+        if entry is not None:
+            neutral = service_traffic(entry)
+        if not neutral.routes.hosts:
+            return msgspec.structs.replace(self._compiled(), policies=neutral.targets)
+        first = self._targets[self._resolve(self._service, "")]
+        for name in target_names(neutral.routes):
+            subset, _dot, service = name.rpartition(".")
+            self._targets[name] = msgspec.structs.replace(self._targets[self._resolve(service, subset)], name=name)
+        others = tuple(target for name, target in sorted(self._targets.items()) if name != first.name)
+        return Chain(self._service, self._protocol, first, others, neutral.routes, neutral.targets)
+
+    def _compiled(self) -> Chain:
+        """What Consul's own entries say."""
         router = self._layer7("service-router", self._service)
         whole = self._splits(self._service, (), 1.0, ())
         forward = _forward(whole)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from agent.sidecar_render import SidecarFacts, UpstreamFacts, render
+from agent.sidecar_render import SidecarFacts, render
+from agent.upstream_render import UpstreamFacts
 from mesh.authz import Policy, authorize
 from mesh.ca import authority
 from mesh.model.ca import CaRoots
@@ -17,9 +18,11 @@ from mesh.model.check import ServiceHealth
 from mesh.model.config_entry import ConfigEntry
 from mesh.model.intention import Intention
 from mesh.proxy.sidecar_config import WorkerConfig, check
+from mesh.traffic.consul import compile_chain
 
 ROOT = replace(new_root(now_s=NOW_S), private_key_pem="")
 ROOTS = CaRoots(ROOT.root_id, authority.trust_domain(ROOT.external_trust_domain), (ROOT,))
+API = compile_chain("api", {})
 PROXY = Service(
     "web-sidecar-proxy", "web-sidecar-proxy", kind="connect-proxy", port=21000,
     proxy=Proxy(destination_service_name="web", upstreams=(Upstream("api", local_bind_port=9191),)),
@@ -30,7 +33,7 @@ def facts(**changes):
     values = {
         "service": PROXY, "application_port": 8080, "datacenter": "dc1", "bind_address": "0.0.0.0",
         "default_allow": False, "roots": ROOTS, "certificate_chain_pem": "certificate", "private_key_pem": "key",
-        "intentions": (), "service_defaults": None, "proxy_defaults": None, "upstreams": {},
+        "intentions": (), "entries": {}, "upstreams": {"api": UpstreamFacts(API)},
     }  # fmt: skip
     return SidecarFacts(**{**values, **changes})
 
@@ -59,7 +62,8 @@ JSON = st.recursive(
 )
 KEYS = (
     "protocol", "Protocol", "bind_address", "bind_port", "local_connect_timeout_ms", "local_request_timeout_ms",
-    "max_inbound_connections", "connect_timeout_ms", "limits", "Config", "AccessLogs", "UpstreamConfig",
+    "max_inbound_connections", "connect_timeout_ms", "limits", "Config", "AccessLogs", "UpstreamConfig", "RateLimits",
+    "passive_health_check",
 )  # fmt: skip
 
 
@@ -67,11 +71,8 @@ KEYS = (
 @given(st.dictionaries(st.sampled_from(KEYS), JSON), st.dictionaries(st.sampled_from(KEYS), JSON))
 def test_opaque_configuration_of_any_shape_is_rendered_or_ignored_but_never_raises(config, body):
     proxy = replace(PROXY.proxy, config=config, upstreams=(Upstream("api", local_bind_port=9191, config=config),))
-    entry = ConfigEntry("service-defaults", "web", body)
-    upstreams = {"api": UpstreamFacts((), entry)}
-    render(
-        facts(service=replace(PROXY, proxy=proxy), service_defaults=entry, proxy_defaults=entry, upstreams=upstreams)
-    )
+    entries = {key: ConfigEntry(*key, body) for key in (("service-defaults", "web"), ("proxy-defaults", "global"))}
+    render(facts(service=replace(PROXY, proxy=proxy), entries=entries))
 
 
 def test_endpoints_take_the_services_address_before_the_nodes_and_skip_what_has_none():
@@ -84,7 +85,7 @@ def test_endpoints_take_the_services_address_before_the_nodes_and_skip_what_has_
             ("4", "", "", 4),
         )
     )
-    config = render(facts(upstreams={"api": UpstreamFacts(rows)})).config
+    config = render(facts(upstreams={"api": UpstreamFacts(API, {"api": rows})})).config
     assert [(one.id, one.address, one.port) for one in config.outbound[0].target.endpoints] == [
         ("n/1", "10.0.0.1", 1),
         ("n/2", "10.0.0.2", 2),
@@ -105,7 +106,7 @@ def test_a_strange_row_in_the_catalog_costs_only_itself():
             ("n", "good", "localhost", 2),
         )
     )
-    rendered = render(facts(upstreams={"api": UpstreamFacts(rows)}))
+    rendered = render(facts(upstreams={"api": UpstreamFacts(API, {"api": rows})}))
     endpoints = rendered.config.outbound[0].target.endpoints
     assert [(one.id, one.address) for one in endpoints] == [("a/b/c", "10.0.0.2"), ("n/good", "127.0.0.1")]
     assert rendered.warnings == ("upstream api: 4 instances have no IP address or no valid port, and are left out",)
