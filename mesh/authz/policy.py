@@ -85,9 +85,7 @@ class Requests:
         return self._otherwise
 
     def foresee(self, method: bytes, path: bytes) -> tuple[Verdict, ...]:
-        """Every verdict that is possible for such a request, its headers unknown; the likeliest (no special header)
-        comes last.
-        """
+        """Every verdict that is possible for such a request, its headers unknown."""
         possible: list[Verdict] = []
         for condition in self._conditions:
             if condition.holds_of_line(method, path):
@@ -95,6 +93,10 @@ class Requests:
                 if condition.headers is None:
                     return tuple(possible)
         return (*possible, self._otherwise)
+
+    def possible(self) -> tuple[Verdict, ...]:
+        """Every verdict there is."""
+        return (*(condition.verdict for condition in self._conditions), self._otherwise)
 
 
 class Policy:
@@ -167,6 +169,14 @@ class Policy:
             return (decider,)
         assert type(decider) is Requests
         return decider.foresee(method, path)
+
+    def possible(self, source: str) -> tuple[Verdict, ...]:
+        """Every verdict that some request of that caller could meet."""
+        decider = self._by_source.get(source, self._otherwise)
+        if type(decider) is Verdict:
+            return (decider,)
+        assert type(decider) is Requests
+        return decider.possible()
 
 
 def _verdict(rule: str, *, allowed: bool, audit: bool) -> Verdict:
