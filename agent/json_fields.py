@@ -1,4 +1,4 @@
-"""Opaque configuration of proxies and config entries: JSON, read without trusting its shape. What is wrong is absent."""
+"""Opaque configuration of proxies and config entries: JSON whose shape is not trusted. What is wrong is absent."""
 
 from collections.abc import Mapping
 

@@ -25,8 +25,8 @@ from mesh.model.catalog import Proxy, Service
 from mesh.model.config_entry import ConfigEntry
 from mesh.model.query import Answer, AnswerT, Asks, ListConfigEntries, ListServiceHealth, MatchIntentions
 from mesh.proxy.sidecar_config import SIDECARS_MAX, SidecarConfig, WorkerConfig, check
-from mesh.traffic.consul import Chain, compile_chain
-from mesh.traffic.neutral import SERVICE_TRAFFIC
+from mesh.proxy.trace_context import TraceForm
+from mesh.traffic.consul import CHAIN_KINDS, Chain, compile_chain
 from mesh.wire import encode
 
 _LOG = logging.getLogger("mesh.sidecars")
@@ -37,12 +37,18 @@ RETRY_S_MAX = 30.0
 GATE_CHECK_S = 1.0  # a taken-over worker waits for facts; this notices those that nobody announces
 
 # Few entries in all, and a chain can lead from any to any: each kind is followed as a whole.
-_KINDS = (
-    "mesh", "proxy-defaults", "service-defaults", "service-router", "service-splitter", "service-resolver",
-    SERVICE_TRAFFIC,
-)  # fmt: skip
+_KINDS = ("mesh", *CHAIN_KINDS)
 
 ValueT = TypeVar("ValueT")
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """Where spans, metrics and OTLP logs go (empty: nowhere), and how traces begin."""
+
+    endpoint: str = ""
+    sampling: float = 0.0
+    form: TraceForm = "w3c"
 
 
 class LocalServices(Protocol):
@@ -141,8 +147,7 @@ class SidecarManager:
         datacenter: str,
         bind_address: str,
         default_allow: bool,
-        tracing_endpoint: str = "",
-        trace_sampling: float = 0.0,
+        tracing: Tracing = Tracing(),
     ) -> None:
         """`bind_address`: where public listeners bind unless a proxy's configuration says otherwise."""
         self._services = services
@@ -153,7 +158,7 @@ class SidecarManager:
         self._datacenter = datacenter
         self._bind_address = bind_address
         self._default_allow = default_allow
-        self._tracing = (tracing_endpoint, trace_sampling)
+        self._tracing = tracing
         self._sidecars: dict[str, _Sidecar] = {}
         self._chains = _Chains({})
         self._watches: dict[bytes, _Watch] = {}
@@ -414,8 +419,10 @@ class SidecarManager:
         return config
 
     async def _configure(self, sidecars: Mapping[str, SidecarConfig]) -> None:
-        endpoint, sampling = self._tracing
-        await self._supervisor.configure(WorkerConfig(0, tuple(sidecars.values()), endpoint, sampling))
+        tracing = self._tracing
+        await self._supervisor.configure(
+            WorkerConfig(0, tuple(sidecars.values()), tracing.endpoint, tracing.sampling, tracing.form)
+        )
         self._accepted = dict(sidecars)
         self._told = self._caught_up = True
 

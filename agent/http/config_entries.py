@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from agent.backend import Backend
+from agent.http.chain_check import check_chains
 from agent.http.config_fields import config_entry
 from agent.http.family import StateFamily
 from agent.http.filtering import filtered
@@ -34,9 +35,9 @@ class ConfigApi(StateFamily):
     async def _put(self, request: ApiRequest) -> ApiResponse:
         request.check_datacenter(self._datacenter)
         cas_index = request.params.unsigned("cas")
-        command = ConfigEntrySet(
-            entry=config_entry(request.json()), cas_index=cas_index, at_s=self._runtime.unix_time_s()
-        )
+        entry = config_entry(request.json())
+        await check_chains(self._backend, (entry.kind, entry.name), entry)
+        command = ConfigEntrySet(entry=entry, cas_index=cas_index, at_s=self._runtime.unix_time_s())
         return json_response(require_applied(await self._backend.apply(command)))
 
     async def _list(self, request: ApiRequest) -> ApiResponse:
@@ -61,6 +62,7 @@ class ConfigApi(StateFamily):
         kind, name = _kind(request), request.capture("name", "Must provide both a kind and name to delete")
         request.check_datacenter(self._datacenter)
         cas_index = request.params.unsigned("cas")
+        await check_chains(self._backend, (kind, name), None)
         applied = require_applied(await self._backend.apply(ConfigEntryDelete(kind, name, cas_index)))
         return json_response({} if cas_index is None else applied)
 

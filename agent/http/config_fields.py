@@ -13,6 +13,7 @@ from mesh.errors import InvalidRequest
 from mesh.model.config_entry import ConfigEntry
 from mesh.model.duration import format_duration
 from mesh.state.validation import SINGLETON_NAMES
+from mesh.traffic.neutral import SERVICE_TRAFFIC
 
 _TRAFFIC = ("MeshGateway", "Mode", "TransparentProxy", "MutualTLSMode", "Expose", "EnvoyExtensions")
 
@@ -45,6 +46,7 @@ KIND_FIELDS: Mapping[str, tuple[str, ...]] = {
         "JSONWebKeySet", "Issuer", "Audiences", "Locations", "Forwarding", "ClockSkewSeconds", "CacheConfig",
     ),
     "rate-limit": ("Config",),
+    SERVICE_TRAFFIC: ("Traffic",),
 }  # fmt: skip
 
 # Every field name below the top.
@@ -82,7 +84,8 @@ _NESTED = (
     "PathWithEscapedSlashesAction", "HeadersWithUnderscoresAction", "CertResource", "ClusterName",
 )  # fmt: skip
 
-_OPAQUE = frozenset(("Config", "Meta", "LegacyMeta", "Add", "Set", "Arguments", "JSONFormat"))  # stored as they are
+# Stored as they are.
+_OPAQUE = frozenset(("Config", "Meta", "LegacyMeta", "Add", "Set", "Arguments", "JSONFormat", "Traffic"))
 _FREE_NAMES = frozenset(("Subsets", "Failover"))  # the names below are the user's, the values are not
 _DURATIONS = frozenset(
     ("ConnectTimeout", "RequestTimeout", "IdleTimeout", "Interval", "BaseEjectionTime", "TTL", "CacheDuration",

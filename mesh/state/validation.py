@@ -38,6 +38,7 @@ CONFIG_KINDS = frozenset(
         "inline-certificate",
         "bound-api-gateway",
         "jwt-provider",
+        "service-traffic",  # ours: see mesh/traffic/neutral.py
         *SINGLETON_NAMES,
     }
 )

@@ -20,6 +20,9 @@ from mesh.traffic.route import Forward, HeaderEdits, RouteTable, Rule, VirtualHo
 
 Entries = Mapping[tuple[str, str], ConfigEntry]  # by kind and name
 
+CHAIN_KINDS = (
+    "proxy-defaults", "service-defaults", "service-router", "service-splitter", "service-resolver", SERVICE_TRAFFIC,
+)  # fmt: skip
 REDIRECTS_MAX = 32  # and nested splitters: what is longer is a loop, or should be
 _WEIGHT_UNITS = 100  # Consul's weights have two decimals
 

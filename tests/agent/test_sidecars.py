@@ -183,7 +183,7 @@ async def test_sidecar_gets_identity_rules_and_passing_endpoints(autojump_clock,
         (outbound,) = sidecar.outbound
         assert (outbound.bind_address, outbound.bind_port, outbound.target.name) == ("127.0.0.1", 9191, "api")
         assert outbound.target.expected_spiffe_ids == (f"spiffe://{domain}/ns/default/dc/dc1/svc/api",)
-        assert [(point.address, point.port, point.weight) for point in outbound.target.endpoints] == [
+        assert [(point.address, point.port, point.weight) for point in outbound.target.endpoints if point.healthy] == [
             ("10.0.0.1", 20001, 3),
             ("10.0.0.2", 20002, 1),
         ]
