@@ -12,10 +12,11 @@ last configuration when its agent goes away.
 | `Drain(deadline_s, ...)` | `Ack(version)`, then it stops accepting, finishes what is open, and exits |
 | `Adopt(keys)` and sockets | `Ack(version)`: they are used where the next configuration has such a listener |
 | `Handover(offset)` | `HandoverReply(keys, remaining)` and the sockets that it listens on, from the offset on |
+| `Observed(since_s)` | `ObservedReply(listeners)`: who has called its services |
 
 Versions: `Pong.protocol` says which requests a worker knows, and decides what an agent asks of it. Fields are only ever
 added, with defaults; a message that the other side does not know is never sent to it. 1: Configure, Ping, Stats, Drain.
-2: Adopt, Handover, and Drain's `idle_s` and `outbound_s`.
+2: Adopt, Handover, and Drain's `idle_s` and `outbound_s`. 3: Observed.
 """
 
 import struct
@@ -23,12 +24,13 @@ import struct
 import msgspec
 import trio
 
+from mesh.authz.observed import ObservedListener
 from mesh.errors import ProtocolError, Unreachable
 from mesh.proxy.resources import ListenerKey
 from mesh.proxy.sidecar_config import WorkerConfig
 from mesh.wire import WIRE_BYTES_MAX, Codec
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 _LENGTH = struct.Struct(">I")
 
@@ -72,6 +74,12 @@ class Handover(msgspec.Struct, frozen=True, tag=True):
     offset: int = 0
 
 
+class Observed(msgspec.Struct, frozen=True, tag=True):
+    """Who called which service in the last `since_s` seconds?"""
+
+    since_s: float
+
+
 class Ack(msgspec.Struct, frozen=True, tag=True):
     """The configuration of this version is in force."""
 
@@ -110,8 +118,14 @@ class HandoverReply(msgspec.Struct, frozen=True, tag=True):
     remaining: int
 
 
-Request = Configure | Ping | Stats | Drain | Adopt | Handover
-Reply = Ack | Nack | Pong | StatsReply | HandoverReply
+class ObservedReply(msgspec.Struct, frozen=True, tag=True):
+    """One for each inbound listener."""
+
+    listeners: tuple[ObservedListener, ...]
+
+
+Request = Configure | Ping | Stats | Drain | Adopt | Handover | Observed
+Reply = Ack | Nack | Pong | StatsReply | HandoverReply | ObservedReply
 
 REQUESTS: Codec[Request] = Codec(Request)
 REPLIES: Codec[Reply] = Codec(Reply)

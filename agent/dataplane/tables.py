@@ -15,9 +15,11 @@ from agent.dataplane.outbound import OutboundHttp, OutboundTcp
 from agent.dataplane.reactor import Reactor
 from agent.dataplane.target import Target
 from agent.dataplane.tracing import Tracer
+from mesh.authz.observed import ObservedListener
 from mesh.errors import ConfigError
 from mesh.proxy.resources import ListenerKey, ServedListener, changes
 from mesh.proxy.sidecar_config import InboundListener, SidecarConfig, WorkerConfig, check
+from mesh.proxy.trace_context import TraceForm
 
 SPANS_TIMEOUT_S = 2.0  # for the last spans, when the worker ends
 DEPARTED_IDLE_S = 5.0  # of connections to a listener that left the configuration: their next request is their last
@@ -79,7 +81,7 @@ class Tables:
         self._drained: list[Service] = []  # of former configurations, with connections still open
         self._identities: _Identities = {}
         self._logs = AccessLogs(reactor.time, surroundings())
-        self._tracing = "", 0.0
+        self._tracing: tuple[str, float, TraceForm] = "", 0.0, "w3c"
         self._default_tracing_endpoint = tracing_endpoint
         self._tracer = Tracer(rng)
 
@@ -121,11 +123,11 @@ class Tables:
 
     def _replace_tracer(self, config: WorkerConfig) -> Tracer | None:
         """The tracer until now, when the configuration asks for another one. Raises ConfigError."""
-        tracing = config.tracing_endpoint or self._default_tracing_endpoint, config.trace_sampling
+        tracing = config.tracing_endpoint or self._default_tracing_endpoint, config.trace_sampling, config.trace_form
         if tracing == self._tracing:
             return None
         try:
-            tracer = Tracer(self._rng, endpoint=tracing[0], sampling=tracing[1])
+            tracer = Tracer(self._rng, endpoint=tracing[0], sampling=tracing[1], form=tracing[2])
         except Exception as error:  # the SDK documents none of its own
             raise ConfigError(f"spans cannot be exported to {tracing[0]}: {error!r}") from error
         former, self._tracer, self._tracing = self._tracer, tracer, tracing
@@ -240,6 +242,11 @@ class Tables:
         """Opens log files anew: they have been rotated."""
         self._logs.reopen()
 
+    def observed(self, since_s: float) -> tuple[ObservedListener, ...]:
+        """Who called in the last `since_s` seconds, per inbound listener."""
+        inbound = (service for service in self._services.values() if isinstance(service, InboundHttp | InboundTcp))
+        return tuple(service.observed(since_s) for service in inbound)
+
     def samples(self) -> list[Sample]:
         """Every counter of every listener and target."""
         result: list[Sample] = []
@@ -247,6 +254,8 @@ class Tables:
             protocol = "http" if isinstance(service, InboundHttp | OutboundHttp) else "tcp"
             result.extend(service.metrics.samples(protocol))
             result.extend(service.target.metrics.samples())
+            if isinstance(service, InboundHttp | InboundTcp):
+                result.extend(service.policy_samples())
         result.append(("mesh_access_log_dropped", {}, self._logs.dropped))
         return result
 

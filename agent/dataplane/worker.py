@@ -29,6 +29,8 @@ from agent.dataplane.control import (
     Handover,
     HandoverReply,
     Nack,
+    Observed,
+    ObservedReply,
     Ping,
     Pong,
     Reply,
@@ -132,6 +134,8 @@ class Worker:
                     continue
                 _LOG.info("signal %d: draining", number)
                 self._drain_asked.set()
+                if self._current is not None:
+                    self._current.cancel()  # its agent is to notice at once that it needs another worker
 
     async def _flush_logs(self) -> None:
         while True:
@@ -210,7 +214,7 @@ class Worker:
         remaining = max(0, len(listening) - offset - len(given))
         return HandoverReply(tuple(key for key, _ in given), remaining), tuple(sock for _, sock in given)
 
-    def _answer(self, request: Configure | Ping | Stats | Drain) -> Reply:
+    def _answer(self, request: Configure | Ping | Stats | Observed | Drain) -> Reply:
         match request:
             case Configure(config=config):
                 if self._draining:
@@ -233,6 +237,8 @@ class Worker:
                 samples = [*self._tables.samples(), *self._own_samples()]
                 counters = {sample_name(name, labels): value for name, labels, value in samples}
                 return StatsReply(exposition(samples), counters)
+            case Observed(since_s=since_s):
+                return ObservedReply(self._tables.observed(since_s))
             case Drain():
                 self._drain = request
                 self._drain_asked.set()
