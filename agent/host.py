@@ -21,17 +21,19 @@ from agent.leaves import LeafManager
 from agent.local_state import LocalState
 from agent.membership import parse_server
 from agent.runtime import Runtime
-from agent.sidecars import SidecarManager
+from agent.sidecars import SidecarManager, Tracing
 from agent.synchronizer import Synchronizer
 from agent.version import CONSUL_API_VERSION
 from mesh.errors import ConfigError, MeshError
 from mesh.gossip.events import GossipEvent, MemberJoined
 from mesh.model.catalog import Node
+from mesh.proxy.trace_context import TraceForm
 
 _LOG = logging.getLogger("mesh.agent")
 
 RESTART_PAUSE_S = 1.0
 RESTART_PAUSE_S_MAX = 60.0
+_TRACE_FORMS: dict[str, TraceForm] = {"tracecontext": "w3c", "b3": "b3", "b3multi": "b3multi"}
 _STEADY_S = 300.0  # a part that ran this long before it crashed is started again at once
 
 
@@ -53,17 +55,21 @@ def own_node(config: AgentConfig, node_id: str) -> Node:
     )
 
 
-def tracing_from_environment() -> tuple[str, float]:
-    """Where spans go (OTEL_EXPORTER_OTLP_ENDPOINT; empty: nowhere) and the share of new traces that is sampled.
+def tracing_from_environment() -> Tracing:
+    """Where telemetry goes (OTEL_EXPORTER_OTLP_ENDPOINT; empty: nowhere), the share of new traces that is sampled, and
+    the form in which they are passed on.
 
-    OTEL_TRACES_SAMPLER_ARG sets the share, everything by default, as the OpenTelemetry specification has it.
+    OTEL_TRACES_SAMPLER_ARG sets the share, everything by default, as the OpenTelemetry specification has it; the first
+    of OTEL_PROPAGATORS that is one of tracecontext, b3, b3multi sets the form.
     """
     endpoint = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
     try:
         share = float(os.environ.get("OTEL_TRACES_SAMPLER_ARG", "1"))
     except ValueError:
         share = 1.0
-    return endpoint, min(1.0, max(0.0, share)) if endpoint else 0.0
+    wanted = os.environ.get("OTEL_PROPAGATORS", "").split(",")
+    forms = [_TRACE_FORMS[name.strip()] for name in wanted if name.strip() in _TRACE_FORMS]
+    return Tracing(endpoint, min(1.0, max(0.0, share)) if endpoint else 0.0, forms[0] if forms else "w3c")
 
 
 class Host:
@@ -94,7 +100,6 @@ class Host:
         )
         # In dev mode nothing is kept, so nobody could find a worker that outlived its agent.
         self.supervisor = WorkerSupervisor(runtime=runtime, data_dir=data_dir, exit_with_agent=config.dev_mode)
-        endpoint, sampling = tracing_from_environment()
         self._sidecars = SidecarManager(
             services=self.state,
             leaves=self.leaves,
@@ -104,8 +109,7 @@ class Host:
             datacenter=config.datacenter,
             bind_address=config.bind_address,
             default_allow=config.default_intention_policy == "allow",
-            tracing_endpoint=endpoint,
-            trace_sampling=sampling,
+            tracing=tracing_from_environment(),
         )
         self._is_stopping = False
         self._syncing = trio.CancelScope()

@@ -11,11 +11,11 @@ import msgspec
 
 from agent.dataplane.log_files import LineFile
 from agent.dataplane.otlp import LogEntry, OtlpSender, encode_logs
-from agent.dataplane.tracing import TraceContext
 from mesh.errors import ConfigError
 from mesh.proxy.access_log.formats import Line, compile_log
 from mesh.proxy.access_log.record import LoggedExchange, Surroundings
 from mesh.proxy.sidecar_config import AccessLogConfig
+from mesh.proxy.trace_context import TraceContext
 
 BATCH_LINES = 256  # then they are handed over at once; otherwise when the worker flushes, once a second
 LAST_LINES_S = 2.0  # for what is still queued when a log is closed

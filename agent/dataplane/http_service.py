@@ -1,18 +1,18 @@
 """What the HTTP listeners of either direction share: starting exchanges, and keeping their accounts."""
 
 import bisect
-import time
 
 from agent.dataplane.access_log import AccessLog
 from agent.dataplane.http_accepted import HttpAccepted
 from agent.dataplane.metrics import LATENCY_BOUNDS_MS, ListenerMetrics
 from agent.dataplane.reactor import Reactor
 from agent.dataplane.target import Target
-from agent.dataplane.tracing import Span, TraceContext, Tracer
+from agent.dataplane.tracing import Tracer
 from mesh.http.head import Headers, RequestHead
 from mesh.proxy.client_cert import without
 from mesh.proxy.exchange import DENIED, Exchange
 from mesh.proxy.sidecar_config import IDLE_TIMEOUT_S
+from mesh.proxy.trace_context import TraceContext
 
 
 class HttpService:
@@ -87,14 +87,7 @@ class HttpService:
             bits = b"%032x" % self.tracer.random_bits()
             request_id = b"%b-%b-4%b-a%b-%b" % (bits[:8], bits[8:12], bits[13:16], bits[17:20], bits[20:])
             headers += ((b"x-request-id", request_id),)
-        traceparent = named.get(b"traceparent")
-        span = self.tracer.span(traceparent) if self.tracer.exporting else None
-        if span is not None:
-            exchange.context = span
-            headers = (*(pair for pair in headers if pair[0] != b"traceparent"), (b"traceparent", span.header))
-        elif traceparent is None:
-            headers += ((b"traceparent", self.tracer.start()),)
-        # One that is there passes as it is, well-formed or not: we take no part in that trace.
+        headers, exchange.context = self.tracer.trace(headers, named)
         if headers is request.headers:
             return request
         return RequestHead(
@@ -124,28 +117,8 @@ class HttpService:
         if self.access_log is not None:
             self.access_log.add(exchange, ended_at)
         if isinstance(exchange.context, TraceContext):
-            self.tracer.record(self._span(exchange, exchange.context, ended_at))
-
-    def _span(self, exchange: Exchange, context: TraceContext, ended_at: float) -> Span:
-        end_ns = time.time_ns()
-        head = exchange.forwarded
-        service = self.metrics.labels.get("local_cluster", "")
-        return Span(
-            context=context,
-            name=f"{'inbound' if self.inbound else 'outbound'} {head.method.decode()}",
-            inbound=self.inbound,
-            start_ns=end_ns - int((ended_at - exchange.started_at) * 1e9),
-            end_ns=end_ns,
-            status=exchange.status,
-            attributes={
-                "mesh.service": service,
-                "http.request.method": head.method.decode(),
-                "url.path": head.path.decode("latin-1"),
-                "server.address": head.authority.decode("latin-1"),
-                "http.response.status_code": exchange.status,
-                "network.peer.address": exchange.endpoint_host,
-            },
-        )
+            service = self.metrics.labels.get("local_cluster", "")
+            self.tracer.finish(exchange, exchange.context, ended_at, service=service, inbound=self.inbound)
 
     def drain(self, *, idle_s: float = 0.0) -> None:
         """Requests under way finish; idle connections close, or get `idle_s` for one more request, their last."""

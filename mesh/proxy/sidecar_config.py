@@ -14,6 +14,7 @@ from mesh.authz.rules import SourceRule as SourceRule
 from mesh.errors import ConfigError
 from mesh.model.permission import Permission as Permission
 from mesh.proxy.client_cert import ClientCertField, ForwardClientCert
+from mesh.proxy.trace_context import TraceForm
 from mesh.traffic.policy import (
     LoadBalancing,
     OutlierDetection,
@@ -178,6 +179,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     sidecars: tuple[SidecarConfig, ...] = ()
     tracing_endpoint: str = ""  # OTLP/HTTP base URL; empty: the worker's OTEL_EXPORTER_OTLP_ENDPOINT, if it has one
     trace_sampling: float = 1.0  # share of requests without a traceparent that start a sampled trace, when exporting
+    trace_form: TraceForm = "w3c"  # of the headers of traces that begin here; others are passed on in their own
 
     def __repr__(self) -> str:
         """Without keys: this value ends up in logs and assertion messages."""

@@ -1,4 +1,4 @@
-"""W3C trace context, and spans that arrive at a collector."""
+"""Trace context in and out, and spans that arrive at a collector."""
 
 import http.server
 import random
@@ -10,34 +10,100 @@ from msgspec.structs import replace
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from agent.dataplane.control import Ack
-from agent.dataplane.tracing import Tracer, is_traceparent
+from agent.dataplane.tracing import Tracer
+from mesh.proxy.trace_context import RemoteContext, read_context
 
 TRACE_ID = 0x0AF7651916CD43DD8448EB211C80319C
 SAMPLED = b"00-%032x-b7ad6b7169203331-01" % TRACE_ID
 UNSAMPLED = SAMPLED[:-1] + b"0"
 
 
+@pytest.fixture
+def exporting():
+    """Makes tracers that record, for a collector that nobody runs."""
+    made = []
+
+    def make(**settings):
+        tracer = Tracer(random.Random(1), endpoint="http://127.0.0.1:1", **settings)
+        made.append(tracer)
+        return tracer
+
+    yield make
+    for tracer in made:
+        tracer.shutdown()
+
+
+def traced(tracer, *headers):
+    """The headers as they go on, and the context."""
+    passed, context = tracer.trace(headers, dict(headers))
+    return dict(passed), context
+
+
 def test_without_an_exporter_new_traces_are_valid_and_not_sampled():
     tracer = Tracer(random.Random(1))
     assert not tracer.exporting
-    values = {tracer.start() for _ in range(100)}
+    values = {traced(tracer, (b"a", b"b"))[0][b"traceparent"] for _ in range(100)}
     assert len(values) == 100
-    assert all(is_traceparent(value) and value.endswith(b"-00") for value in values)
+    assert all(read_context({b"traceparent": value}).sampled is False for value in values)
+    passed, context = traced(Tracer(random.Random(1), form="b3"))
+    assert read_context(passed).sampled is False
+    assert (list(passed), context) == ([b"b3"], None)
 
 
-@pytest.mark.parametrize("value", [b"", b"00", b"00-xyz", b"zz" + SAMPLED[2:], SAMPLED[:-1], SAMPLED.upper()])
-def test_malformed_contexts_are_recognised(value):
-    assert not is_traceparent(value)
+@pytest.mark.parametrize("header", [(b"traceparent", SAMPLED), (b"traceparent", b"junk"), (b"b3", b"1"),
+                                    (b"x-b3-sampled", b"1"), (b"x-b3-traceid", b"junk")])  # fmt: skip
+def test_without_an_exporter_what_is_there_passes_untouched(header):
+    headers = (header, (b"tracestate", b"a=b"))
+    assert Tracer(random.Random(1)).trace(headers, dict(headers)) == (headers, None)
 
 
-def test_a_sampled_context_is_continued_and_an_unsampled_one_is_left_alone():
-    tracer = Tracer(random.Random(1), sampling=1.0)
-    span = tracer.span(SAMPLED)
+def test_a_callers_decision_stands(exporting):
+    always, never = exporting(sampling=1.0), exporting(sampling=0.0)
+    passed, span = traced(never, (b"traceparent", SAMPLED), (b"tracestate", b"v=1"), (b"b3", b"0"))
     assert (span.trace_id, span.parent_id) == (TRACE_ID, 0xB7AD6B7169203331)
-    assert span.header == b"00-%032x-%016x-01" % (TRACE_ID, span.span_id)
-    assert tracer.span(UNSAMPLED) is None
-    assert tracer.span(None).parent_id is None
-    assert Tracer(random.Random(1), sampling=0.0).span(None) is None
+    assert passed == {b"traceparent": b"00-%032x-%016x-01" % (TRACE_ID, span.span_id), b"tracestate": b"v=1"}
+    assert traced(always, (b"traceparent", UNSAMPLED)) == ({b"traceparent": UNSAMPLED}, None)
+    assert traced(always, (b"b3", b"0")) == ({b"b3": b"0"}, None)
+    assert traced(always, (b"x-b3-sampled", b"0")) == ({b"x-b3-sampled": b"0"}, None)
+
+
+def test_b3_goes_on_as_b3(exporting):
+    tracer = exporting(sampling=0.0)
+    passed, span = traced(tracer, (b"b3", b"80f198ee56343ba8-e457b5a2e4d86bd1-1-05e3ac9a4f6e3b90"))
+    assert (span.trace_id, span.parent_id) == (0x80F198EE56343BA8, 0xE457B5A2E4D86BD1)
+    assert passed == {b"b3": b"80f198ee56343ba8-%016x-1-e457b5a2e4d86bd1" % span.span_id}
+    multi = (
+        (b"x-b3-traceid", b"80f198ee56343ba864fe8b2a57d3eff7"), (b"x-b3-spanid", b"e457b5a2e4d86bd1"),
+        (b"x-b3-parentspanid", b"05e3ac9a4f6e3b90"), (b"x-b3-flags", b"1"), (b"x-other", b"kept"),
+    )  # fmt: skip
+    passed, span = traced(tracer, *multi)
+    assert passed == {
+        b"x-b3-traceid": b"80f198ee56343ba864fe8b2a57d3eff7", b"x-b3-spanid": b"%016x" % span.span_id,
+        b"x-b3-parentspanid": b"e457b5a2e4d86bd1", b"x-b3-flags": b"1", b"x-other": b"kept",
+    }  # fmt: skip
+    passed, span = traced(tracer, (b"b3", b"d"))
+    assert span.parent_id is None
+    assert passed[b"b3"].endswith(b"-d")
+
+
+def test_a_decision_that_is_left_to_us_is_made_once_and_told(exporting):
+    left = (b"b3", b"80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1")
+    passed, span = traced(exporting(sampling=0.0), left)
+    assert (passed, span) == ({b"b3": left[1] + b"-0"}, None)
+    passed, span = traced(exporting(sampling=1.0), left)
+    assert read_context(passed).sampled is True
+
+
+@pytest.mark.parametrize("form", ["w3c", "b3", "b3multi"])
+def test_new_traces_begin_in_the_form_that_is_configured_and_drop_what_is_malformed(exporting, form):
+    junk = ((b"traceparent", b"00-xyz"), (b"tracestate", b"v=1"), (b"x-b3-traceid", b"1"), (b"a", b"b"))
+    passed, span = traced(exporting(sampling=1.0, form=form), *junk)
+    assert read_context(passed) == RemoteContext(form, span.trace_id, span.span_id, True)
+    assert b"tracestate" not in passed
+    assert passed[b"a"] == b"b"
+    passed, span = traced(exporting(sampling=0.0, form=form), *junk)
+    assert span is None
+    assert (read_context(passed).form, read_context(passed).sampled) == (form, False)
 
 
 @pytest.fixture
@@ -94,4 +160,5 @@ def test_both_hops_of_a_sampled_request_reach_the_collector(pair, collector):
     attributes = {item.key: item.value for item in inbound.attributes}
     assert attributes["http.response.status_code"].int_value == 200
     assert attributes["url.path"].string_value == "/x"
+    assert attributes["mesh.attempts"].int_value == 1
     assert len(spans) == 2
