@@ -31,7 +31,6 @@ EJECTION_KINDS: tuple[EjectionKind, ...] = (
 )  # fmt: skip
 
 _GATEWAY_ERRORS = (502, 503, 504)
-_STATUS_OF_FAILURE: dict[FailureKind, int] = {"per-try-timeout": 504, "connect-timeout": 504, "protocol": 500}
 _NEVER = float("-inf")
 
 # gRPC's codes as HTTP statuses (google.rpc.Code's mapping): only 5xx matter here.
@@ -133,24 +132,21 @@ class OutlierRecord:
             self.responded(200, now)
 
     def failed(self, kind: FailureKind, now: float) -> None:
-        """No response: ours is the status that the caller would get.
+        """No response: it counts as the 503 (or, for a timeout, the 504) that the caller would get.
 
-        A connection that failed or was lost counts as 503, a timeout (of a try, or of the request) as 504, what is no
-        response as 500; an overflow is not the endpoint's doing. With `split_external_local_origin_errors` all but
-        what is no response (503 then) counts against reachability instead.
+        With `split_external_local_origin_errors` it counts against the endpoint's reachability instead, whatever it
+        was: like Envoy we do not tell what the peer did from what the network did. An overflow is our own doing.
         """
         if kind == "overflow":
             return
         if not self._detector.split:
-            self.responded(_STATUS_OF_FAILURE.get(kind, 503), now)
-        elif kind == "protocol":
             self.responded(503, now)
-        else:
-            self._local_requests += 1
-            self._consecutive_local += 1
-            threshold = self._detector.policy.consecutive_local_origin_failure
-            if self._consecutive_local == threshold and self._suspect("consecutive_local_origin_failure", now):
-                self._consecutive_local = 0
+            return
+        self._local_requests += 1
+        self._consecutive_local += 1
+        threshold = self._detector.policy.consecutive_local_origin_failure
+        if self._consecutive_local == threshold and self._suspect("consecutive_local_origin_failure", now):
+            self._consecutive_local = 0
 
     def _suspect(self, kind: EjectionKind, now: float) -> bool:
         """Whether it was judged: what is ejected already, or gone, is not."""

@@ -113,7 +113,7 @@ def test_who_is_ejected_is_not_detected_again():
         (["connect-timeout"] * 5, {"consecutive_gateway_failure": 1, "consecutive_5xx": 1}),
         (["per-try-timeout"] * 5, {"consecutive_gateway_failure": 1, "consecutive_5xx": 1}),
         (["reset", "connect", "refused-stream"] * 2, {"consecutive_gateway_failure": 1, "consecutive_5xx": 1}),
-        (["protocol"] * 5, {"consecutive_5xx": 1}),
+        (["protocol"] * 5, {"consecutive_gateway_failure": 1, "consecutive_5xx": 1}),
         (["overflow"] * 50, {}),
     ],
 )
@@ -158,7 +158,7 @@ def test_with_split_errors_a_connection_forgives_only_unreachability():
     bench.respond(500, 500, 500, 500)
     bench.record().connected()
     bench.record().served(bench.now)
-    bench.fail("protocol")
+    bench.respond(500)
     assert bench.ejected() == ["0"]
     assert bench.record().reason == "consecutive_5xx"
 
