@@ -58,21 +58,50 @@ async def test_snake_case_and_durations_are_stored_in_one_form(api):
 
 async def test_durations_have_the_form_that_go_clients_decode(api):
     """Texts for the timeouts of routers and resolvers, nanoseconds elsewhere, whichever was written."""
+    await api.put("/v1/config", {"Kind": "service-defaults", "Name": "web", "Protocol": "http"})
     router = {"Routes": [{"Destination": {"request_timeout": 2_000_000_000, "IdleTimeout": "1m"}}]}
     await api.put("/v1/config", {"Kind": "service-router", "Name": "web"} | router)
     (route,) = (await api.get("/v1/config/service-router/web")).json()["Routes"]
     assert route["Destination"] == {"RequestTimeout": "2s", "IdleTimeout": "1m0s"}
-    policy = {"Policy": "maglev", "HashPolicies": [{"Field": "cookie", "CookieConfig": {"ttl": "1m"}}]}
+    policy = {"Policy": "maglev", "HashPolicies": [{"Field": "cookie", "FieldValue": "s", "CookieConfig": {"ttl": "1m"}}]}
     await api.put("/v1/config", {"Kind": "service-resolver", "Name": "web", "LoadBalancer": policy})
     entry = (await api.get("/v1/config/service-resolver/web")).json()
     assert entry["LoadBalancer"]["HashPolicies"][0]["CookieConfig"] == {"TTL": 60_000_000_000}
     upstreams = {"Defaults": {"passive_health_check": {"interval": "5s", "BaseEjectionTime": 3_000_000_000}}}
-    await api.put("/v1/config", {"Kind": "service-defaults", "Name": "web", "UpstreamConfig": upstreams})
+    defaults = {"Kind": "service-defaults", "Name": "web", "Protocol": "http", "UpstreamConfig": upstreams}
+    await api.put("/v1/config", defaults)
     entry = (await api.get("/v1/config/service-defaults/web")).json()
     assert entry["UpstreamConfig"]["Defaults"]["PassiveHealthCheck"] == {
         "Interval": 5_000_000_000,
         "BaseEjectionTime": 3_000_000_000,
     }
+
+
+async def test_what_would_break_a_chain_is_refused_and_says_what_to_mend(api):
+    splitter = {"Kind": "service-splitter", "Name": "web", "Splits": [{"Weight": 100, "ServiceSubset": "v1"}]}
+    answer = await api.put("/v1/config", splitter)
+    assert (answer.status_code, "needs protocol http" in answer.text) == (500, True)
+    await api.put("/v1/config", {"Kind": "service-defaults", "Name": "web", "Protocol": "http"})
+    answer = await api.put("/v1/config", splitter)
+    assert (answer.status_code, "has no subset v1" in answer.text) == (500, True)
+    resolver = {"Kind": "service-resolver", "Name": "web", "Subsets": {"v1": {"Filter": "Service.Meta.v == 1"}}}
+    assert (await api.put("/v1/config", resolver)).text == "true"
+    assert (await api.put("/v1/config", splitter)).text == "true"
+    for kind in ("service-resolver", "service-defaults"):
+        answer = await api.http.delete(f"/v1/config/{kind}/web")
+        assert answer.status_code == 500
+    assert (await api.http.delete("/v1/config/service-splitter/web")).status_code == 200
+    assert (await api.http.delete("/v1/config/service-resolver/web")).status_code == 200
+
+
+async def test_the_neutral_model_is_an_entry_and_a_misspelt_field_is_refused(api):
+    rule = {"action": {"type": "DirectResponse", "status": 418}, "matches": [{"path": {"kind": "exact", "value": "/"}}]}
+    entry = {"Kind": "service-traffic", "Name": "web", "Traffic": {"routes": {"hosts": [{"rules": [rule]}]}}}
+    assert (await api.put("/v1/config", entry)).text == "true"
+    assert (await api.get("/v1/config/service-traffic/web")).json()["Traffic"] == entry["Traffic"]
+    rule["matches"][0]["paht"] = None
+    answer = await api.put("/v1/config", entry)
+    assert (answer.status_code, "there is no field 'paht'" in answer.text) == (500, True)
 
 
 async def test_kinds_of_one_entry_need_no_name(api):
