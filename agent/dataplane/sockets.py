@@ -7,7 +7,7 @@ same sockets.
 """
 
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from mesh.errors import ConfigError
 from mesh.proxy.resources import ListenerKey
@@ -47,13 +47,16 @@ class SocketTable:
         """The sockets of one place."""
         return self._places[place]
 
-    def bind(self, keys: Iterable[ListenerKey]) -> tuple[tuple[int, ListenerKey], ...]:
-        """Binds what is missing in each place; returns what was. Raises ConfigError, with everything as it was."""
+    def bind(self, keys: Iterable[ListenerKey], places: Sequence[int]) -> tuple[tuple[int, ListenerKey], ...]:
+        """Binds what is missing in some places, those with a worker: what nobody accepts is not to wait anywhere.
+        Returns what was bound. Raises ConfigError, with everything as it was.
+        """
         bound: list[tuple[int, ListenerKey]] = []
         try:
             for key in sorted(keys):
                 alongside = any(key in place for place in self._places)
-                for number, place in enumerate(self._places):
+                for number in places:
+                    place = self._places[number]
                     if key not in place:
                         place[key] = listen(key, alongside=alongside)
                         bound.append((number, key))

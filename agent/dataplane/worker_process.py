@@ -33,6 +33,7 @@ class WorkerDirectory:
     def __init__(self, data_dir: Path | None) -> None:
         """`data_dir` None (dev mode): a temporary directory that `remove` takes away. Raises ConfigError."""
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._last = 0
         try:
             if data_dir is None:
                 self._temporary = tempfile.TemporaryDirectory(prefix="mesh-worker-")
@@ -62,9 +63,14 @@ class WorkerDirectory:
         return tuple(path for _, path in sorted(numbered, reverse=True)[:SOCKETS_MAX])
 
     def next_socket(self) -> Path:
-        """A path for a new worker's socket, newer than all there are."""
+        """A path for a new worker's socket, newer than all there are and all that were given out."""
         newest = self.sockets()
-        return self.path / f"{int(newest[0].stem) + 1 if newest else 1}.sock"
+        self._last = max(self._last, int(newest[0].stem) if newest else 0) + 1
+        return self.path / f"{self._last}.sock"
+
+    def forget(self, path: Path) -> None:
+        """Removes the socket of a worker that is gone."""
+        path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Removes the temporary directory of dev mode; does nothing otherwise."""

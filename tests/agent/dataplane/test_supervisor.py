@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sidecars import Authority, loopback_address
 
+from agent.dataplane import place as place_module
 from agent.dataplane import supervisor as supervisor_module
 from agent.dataplane.control import (
     REPLIES,
@@ -160,7 +161,7 @@ async def test_worker_of_another_version_serves_until_there_is_one_of_ours_to_se
         old = supervisor.pid
         reaper.append(old)
         agent.cancel_scope.cancel()
-    monkeypatch.setattr(supervisor_module, "VERSION", "9.9.9")
+    monkeypatch.setattr(place_module, "VERSION", "9.9.9")
     supervisor = new(tmp_path)
     await nursery.start(supervisor.run)
     with trio.fail_after(15):
@@ -193,7 +194,7 @@ async def test_worker_of_dev_mode_ends_with_its_agent(nursery, reaper):
 async def test_hung_worker_is_killed_and_replaced(tmp_path, nursery, reaper, monkeypatch):
     monkeypatch.setattr(supervisor_module, "PING_INTERVAL_S", 0.1)
     monkeypatch.setattr(supervisor_module, "PING_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(supervisor_module, "CALL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(place_module, "CALL_TIMEOUT_S", 0.5)
     supervisor = new(tmp_path)
     await nursery.start(supervisor.run)
     with trio.fail_after(15):
