@@ -91,7 +91,7 @@ def render(facts: SidecarFacts, former: SidecarConfig | None = None) -> Rendered
         inbound=_inbound(facts, proxy, warnings),
         outbound=_outbound(facts, proxy, former, warnings),
         service_metadata=tuple(sorted(facts.service.meta.items())),
-        access_log=_access_log(facts.proxy_defaults),
+        access_log=access_log(facts.proxy_defaults, warnings),
     )
     return Rendered(config, tuple(warnings))
 
@@ -191,11 +191,22 @@ def _default_protocol(proxy_defaults: ConfigEntry | None) -> str:
     return text(table(_body(proxy_defaults), "Config"), "protocol") or "tcp"
 
 
-def _access_log(proxy_defaults: ConfigEntry | None) -> AccessLogConfig:
+_LOG_PATHS = {"": "/dev/stdout", "stdout": "/dev/stdout", "stderr": "/dev/stderr", "otlp": "otlp"}
+
+
+def access_log(proxy_defaults: ConfigEntry | None, warnings: list[str]) -> AccessLogConfig:
+    """As `AccessLogs` of proxy-defaults has it; `otlp` is a type of ours. Without a format it is Consul's JSON.
+
+    A worker refuses a format that does not compile, and says why. DisableListenerLogs has nothing to turn off here:
+    connections that no listener's rules take are not logged.
+    """
     settings = table(_body(proxy_defaults), "AccessLogs")
     if settings.get("Enabled") is not True:
         return AccessLogConfig()
     kind = text(settings, "Type")
-    if kind == "file":
-        return AccessLogConfig(text(settings, "Path"))
-    return AccessLogConfig("/dev/stderr" if kind == "stderr" else "/dev/stdout")
+    path = text(settings, "Path") if kind == "file" else _LOG_PATHS.get(kind, "")
+    if not path:
+        given = "has no Path" if kind == "file" else f"is of the unknown type {kind!r}"
+        warnings.append(f"proxy-defaults: the access log {given}, so nothing is logged")
+    text_format, json_format = text(settings, "TextFormat"), text(settings, "JSONFormat")
+    return AccessLogConfig(path, text_format, json_format if text_format or json_format else "consul")

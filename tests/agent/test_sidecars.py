@@ -27,7 +27,7 @@ from mesh.model.check import Check
 from mesh.model.command import ConfigEntrySet, Deregister, IntentionDelete, IntentionUpsert, Register
 from mesh.model.config_entry import ConfigEntry
 from mesh.model.intention import Intention
-from mesh.proxy.sidecar_config import WorkerConfig, check
+from mesh.proxy.sidecar_config import AccessLogConfig, WorkerConfig, check
 
 
 class Services:
@@ -293,7 +293,7 @@ async def test_configuration_of_proxies_and_config_entries_is_honoured(autojump_
     assert (inbound.bind_address, inbound.bind_port, inbound.local_address) == ("127.0.0.7", 3000, "127.0.0.8")
     assert (inbound.protocol, inbound.connect_timeout_s, inbound.connections_max) == ("http", 1.5, 9)
     assert inbound.request_timeout_s == 0.0
-    assert sidecar.access_log.path == "/dev/stdout"
+    assert sidecar.access_log == AccessLogConfig("/dev/stdout", json_format="consul")
     api, cache, other = sidecar.outbound
     assert (api.protocol, api.target.connect_timeout_s, api.target.limits.connections_max) == ("tcp", 0.7, 3)
     assert (cache.protocol, cache.target.connect_timeout_s, cache.bind_address) == ("tcp", 0.25, "127.0.0.9")
