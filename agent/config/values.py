@@ -120,6 +120,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_query_time_s: float = 600.0
     check_update_interval_s: float = 300.0
     check_output_max_size: int = 4096
+    proxy_workers: int = 0  # processes that carry the sidecars' traffic; 0: one for each core, 8 at most
+    proxy_drain_time_s: float = 600.0  # for a worker that was replaced to finish what it has; Envoy's drain time
     performance: Performance = Performance()
     raft: RaftSettings = RaftSettings()
     gossip_lan: GossipTiming = GossipTiming()
@@ -150,6 +152,7 @@ DEV_PRESET: dict[str, object] = {
     "bind_address": "127.0.0.1",
     "log_level": "DEBUG",
     "ui": True,
+    "proxy_workers": 1,
     "ports": Ports(grpc=8502),
     "gossip_lan": GossipTiming(gossip_interval_s=0.1),
     "raft": RaftSettings(heartbeat_interval_s=0.035, election_timeout_s=0.15, lease_s=0.1),
