@@ -14,6 +14,7 @@ from agent.addresses import join_address
 from agent.backend import Backend
 from agent.cluster import ClientCluster, ServerCluster, open_server
 from agent.config import PORT_OFF, AgentConfig, node_id, prepare_data_dir
+from agent.edges import observed_here
 from agent.host import Host, own_node
 from agent.http.agent_api import AgentApi
 from agent.http.agent_connect import AgentConnectApi
@@ -28,6 +29,7 @@ from agent.http.kv import KvApi
 from agent.http.request import Route
 from agent.http.server import HttpServer, TcpListen, UnixListen
 from agent.http.status import StatusApi
+from agent.http.traffic import TrafficApi
 from agent.join import KnownPeers, join_at_start, retry_join, without_own
 from agent.logs import LineWriter, logging_to_stdout
 from agent.process import locked_data_dir, notify_systemd, raise_descriptor_limit, stop_signals
@@ -160,6 +162,7 @@ class Agent:
             self._config,
             self._runtime,
             cluster.backend,
+            polls=cluster.backend,
             node=own_node(self._config, self._node_id),
             cluster_size=lambda: len(cluster.gossip.members()),
         )
@@ -245,6 +248,13 @@ class Agent:
             *HealthApi(backend, datacenter).routes(),
             *KvApi(backend, datacenter, value_bytes_max=config.limits.kv_max_value_size).routes(),
             *IntentionsApi(backend, datacenter, self._runtime, default_allow=default_allow).routes(),
+            *TrafficApi(
+                backend,
+                datacenter,
+                gather=self._cluster.backend.gather_edges,
+                observed_here=lambda since_s: observed_here(host.supervisor, since_s),
+                default_allow=default_allow,
+            ).routes(),
             *ConfigApi(backend, datacenter, self._runtime).routes(),
             *ConnectCaApi(backend, datacenter).routes(),
         )

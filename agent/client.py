@@ -7,13 +7,20 @@ import trio
 
 from agent.addresses import join_address
 from agent.backoff import backoff_s
+from agent.edge_board import POLL_S
 from agent.membership import ServerList, ServerMember
 from agent.rpc import RpcPool
 from agent.rpc.calls import (
     CALLS,
+    EDGES_ASKED,
+    EDGES_GATHERED,
     LEAF_ANSWERS,
     STATUS_ANSWERS,
     ApplyCall,
+    EdgesAsked,
+    EdgesGatherCall,
+    EdgesGathered,
+    EdgesPollCall,
     SignLeafCall,
     StatusAnswer,
     StatusCall,
@@ -83,6 +90,17 @@ class ClientBackend:
     async def sign_leaf(self, csr_der: bytes) -> IssuedLeaf:
         """See Backend. Signing twice is harmless."""
         return LEAF_ANSWERS.decode(await self._call(CALLS.encode(SignLeafCall(csr_der)), timeout_s=RPC_TIMEOUT_S))
+
+    async def poll_edges(self, call: EdgesPollCall) -> EdgesAsked:
+        """As the server's; raises what calls raise, and the agent asks again."""
+        body = CALLS.encode(call)
+        return EDGES_ASKED.decode(await self._call(body, timeout_s=POLL_S + 2 * RPC_TIMEOUT_S, repeatable=False))
+
+    async def gather_edges(self, since_s: float) -> EdgesGathered:
+        """Who called whom in the last `since_s` seconds, as all agents saw it. Raises NoLeader, Unreachable,
+        OutcomeUnknown, LimitExceeded.
+        """
+        return EDGES_GATHERED.decode(await self._call(CALLS.encode(EdgesGatherCall(since_s)), timeout_s=RPC_TIMEOUT_S))
 
     async def leader_address(self) -> str:
         """See Backend."""

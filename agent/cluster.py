@@ -238,6 +238,9 @@ class ServerCluster(Cluster):
             self.raft, self.servers, self._pool, node_id=node_id, expect=config.bootstrap_expect
         )
         self.backend.set_candidates(self._bootstrapper.candidates)
+        self.backend.set_alive_nodes(
+            lambda: [member.name for member in self.gossip.members() if member.status == "alive"]
+        )
         self._duties = self._make_duties()
         self.subscribe(self._duties.handle_event)
         self._add_gauges()

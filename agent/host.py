@@ -16,7 +16,9 @@ from agent.backend import Backend
 from agent.checks import CheckRunner
 from agent.config import AgentConfig
 from agent.dataplane.supervisor import WorkerSupervisor
+from agent.dataplane.worker_process import default_workers
 from agent.definitions import configured_checks, configured_services
+from agent.edges import EdgePolls, EdgeReporter
 from agent.leaves import LeafManager
 from agent.local_state import LocalState
 from agent.membership import parse_server
@@ -76,7 +78,14 @@ class Host:
     """Local state, checks, anti-entropy, leaves and sidecars of one agent."""
 
     def __init__(
-        self, config: AgentConfig, runtime: Runtime, backend: Backend, *, node: Node, cluster_size: Callable[[], int]
+        self,
+        config: AgentConfig,
+        runtime: Runtime,
+        backend: Backend,
+        *,
+        polls: EdgePolls,
+        node: Node,
+        cluster_size: Callable[[], int],
     ) -> None:
         self._config = config
         self.node = node
@@ -99,7 +108,13 @@ class Host:
             check_update_interval_s=config.check_update_interval_s,
         )
         # In dev mode nothing is kept, so nobody could find a worker that outlived its agent.
-        self.supervisor = WorkerSupervisor(runtime=runtime, data_dir=data_dir, exit_with_agent=config.dev_mode)
+        self.supervisor = WorkerSupervisor(
+            runtime=runtime,
+            data_dir=data_dir,
+            exit_with_agent=config.dev_mode,
+            workers=config.proxy_workers or default_workers(),
+            drain_time_s=config.proxy_drain_time_s,
+        )
         self._sidecars = SidecarManager(
             services=self.state,
             leaves=self.leaves,
@@ -111,6 +126,7 @@ class Host:
             default_allow=config.default_intention_policy == "allow",
             tracing=tracing_from_environment(),
         )
+        self._edges = EdgeReporter(polls, self.supervisor, runtime.random_source("edges"), node=config.node_name)
         self._is_stopping = False
         self._syncing = trio.CancelScope()
 
@@ -142,6 +158,7 @@ class Host:
             nursery.start_soon(self._run_synchronizer)
             nursery.start_soon(self._keep_running, "worker supervisor", self.supervisor.run)
             nursery.start_soon(self._keep_running, "sidecars", self._sidecars.run)
+            nursery.start_soon(self._keep_running, "edge reporter", self._edges.run)
             task_status.started()
 
     async def _run_synchronizer(self) -> None:

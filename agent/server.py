@@ -2,12 +2,14 @@
 
 import math
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import cast
 
 import trio
+from msgspec.structs import replace
 
 from agent.addresses import join_address, split_address
+from agent.edge_board import POLL_S, EdgeBoard
 from agent.leadership import Leadership
 from agent.membership import ServerList
 from agent.raft_driver import RaftDriver
@@ -15,11 +17,17 @@ from agent.rpc import Address, RpcPool
 from agent.rpc.calls import (
     BOOTSTRAP_ANSWERS,
     CALLS,
+    EDGES_ASKED,
+    EDGES_GATHERED,
     LEAF_ANSWERS,
     STATUS_ANSWERS,
     ApplyCall,
     BootstrapAnswer,
     BootstrapCall,
+    EdgesAsked,
+    EdgesGatherCall,
+    EdgesGathered,
+    EdgesPollCall,
     ReadCall,
     ServerCall,
     SignLeafCall,
@@ -83,12 +91,19 @@ class ServerBackend:
         self._sign_leaf: SignLeaf | None = None
         self._candidates: Callable[[], tuple[str, ...]] = tuple
         self._forwarded: dict[trio.CancelScope, tuple[str, float]] = {}  # -> whom it was sent to, grace
+        self._edges = EdgeBoard()
+        self._alive_nodes: Callable[[], Iterable[str]] = tuple
         leadership.subscribe(watches.wake_everyone)
+        leadership.subscribe(self._edges.abandon)
         leadership.subscribe(self._give_up_on_deposed)
 
     def set_candidates(self, candidates: Callable[[], tuple[str, ...]]) -> None:
         """Who says with whom this server would start a new cluster."""
         self._candidates = candidates
+
+    def set_alive_nodes(self, alive_nodes: Callable[[], Iterable[str]]) -> None:
+        """Who says which agents are there to be asked."""
+        self._alive_nodes = alive_nodes
 
     def set_signer(self, sign_leaf: SignLeaf | None) -> None:
         """Who signs leaves here while this server leads."""
@@ -164,6 +179,10 @@ class ServerBackend:
                 return encode_answer(asked, await self._read(asked, options, forwarded=forwarded))
             case SignLeafCall(csr_der, forwarded):
                 return LEAF_ANSWERS.encode(await self._sign(csr_der, forwarded=forwarded))
+            case EdgesPollCall():
+                return EDGES_ASKED.encode(await self.poll_edges(call))
+            case EdgesGatherCall(since_s, forwarded):
+                return EDGES_GATHERED.encode(await self._gather_edges(since_s, forwarded=forwarded))
             case BootstrapCall():
                 return BOOTSTRAP_ANSWERS.encode(BootstrapAnswer(self._raft.has_state(), self._candidates()))
             case StatusCall():
@@ -306,6 +325,41 @@ class ServerBackend:
                 return LEAF_ANSWERS.decode(await self._call_leader(body, RPC_TIMEOUT_S))
             except (NotLeader, NoLeader, Unreachable, OutcomeUnknown) as error:
                 # Signing twice is harmless, so an unknown outcome may be tried again.
+                if forwarded:
+                    raise
+                await hold.pause(error)
+
+
+    # -- who calls whom
+
+    async def poll_edges(self, call: EdgesPollCall) -> EdgesAsked:
+        """Waits at the leader for a question about an agent's traffic. Raises NoLeader, NotLeader (a forwarded call),
+        Unreachable, OutcomeUnknown; the agent asks again.
+        """
+        if self._leadership.is_leader:
+            return await self._edges.poll(call)
+        if call.forwarded:
+            raise NotLeader(self._leadership.leader_id)
+        body = CALLS.encode(replace(call, forwarded=True))
+        return EDGES_ASKED.decode(await self._call_leader(body, POLL_S + RPC_TIMEOUT_S))
+
+    async def gather_edges(self, since_s: float) -> EdgesGathered:
+        """Who called whom in the last `since_s` seconds, as all agents saw it. Raises NoLeader, Unreachable,
+        OutcomeUnknown, LimitExceeded.
+        """
+        return await self._gather_edges(since_s, forwarded=False)
+
+    async def _gather_edges(self, since_s: float, *, forwarded: bool) -> EdgesGathered:
+        hold = _Hold(self._leadership, self._hold_s)
+        while True:
+            try:
+                if self._leadership.is_leader:
+                    return await self._edges.gather(since_s, self._alive_nodes)
+                if forwarded:
+                    raise NotLeader(self._leadership.leader_id)
+                body = CALLS.encode(EdgesGatherCall(since_s, forwarded=True))
+                return EDGES_GATHERED.decode(await self._call_leader(body, RPC_TIMEOUT_S))
+            except (NotLeader, NoLeader, Unreachable, OutcomeUnknown) as error:
                 if forwarded:
                     raise
                 await hold.pause(error)

@@ -6,6 +6,7 @@ import click
 
 from agent.cli.client import Api, Json, connect
 from agent.cli.flags import GoGroup, api_flags, format_flag
+from agent.cli.json_file import read_json
 from agent.cli.output import print_json, print_table
 
 _CHECK_FAILED_STATUS = 2  # 1 means denied
@@ -162,3 +163,109 @@ def match(*, name: str, by_source: bool, by_destination: bool, output_format: st
     params = {"by": "source" if by_source else "destination", "name": name}
     answer = api.get("/v1/connect/intentions/match", params)
     _print_rules(answer.get(name) or [] if isinstance(answer, dict) else [], output_format)
+
+
+_CHANGES = {
+    "cut": "CUT",
+    "may-cut": "may be cut",
+    "opened": "opened",
+    "may-open": "may open",
+    "audited": "audited",
+    "none": "-",
+}
+_CUTS = ("cut", "may-cut")
+_CUT_STATUS = 2
+
+
+@intention.command("dry-run")
+@click.option("-file", "file", required=True, help="The proposed service-intentions (JSON); `-` is standard input.")
+@click.option("-since", default="15m", show_default=True, help="How far back to look; at most 60m.")
+@click.option("-all", "show_all", is_flag=True, help="Show the traffic that would not change, too.")
+@api_flags
+@format_flag
+def dry_run(*, file: str, since: str, show_all: bool, output_format: str, **_: object) -> None:
+    """What would proposed intentions cut, of the traffic that was really seen? Nothing is written.
+
+    FILE holds a service-intentions entry or a list of them; each replaces all rules of its destination, one without
+    Sources removes them. Exits 2 when something would, or may, be cut; 0 when nothing would.
+    """
+    api = connect()
+    report = api.put("/v1/connect/intentions/dry-run", {"since": since}, body=read_json(api, file))
+    if not isinstance(report, dict):
+        api.fail("the agent's answer is no report; is it older than this command?")
+    edges = [edge for edge in _objects(report.get("Edges"))]
+    if output_format == "json":
+        print_json(report)
+    else:
+        _print_report(report, edges, since, show_all=show_all)
+    if any(edge.get("Change") in _CUTS for edge in edges):
+        raise SystemExit(_CUT_STATUS)
+
+
+def _objects(value: Json) -> list[dict[str, Json]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _count(edge: dict[str, Json]) -> int:
+    return sum(number for name in ("Allowed", "Denied") if isinstance(number := edge.get(name), int))
+
+
+def _print_report(report: dict[str, Json], edges: list[dict[str, Json]], since: str, *, show_all: bool) -> None:
+    shown = edges if show_all else [edge for edge in edges if edge.get("Change") != "none"]
+    if shown:
+        print_table(
+            ["Change", "Source", "Destination", "Request", "Seen", "Refused", "Decided by"],
+            [_report_row(edge) for edge in shown],
+        )
+        click.echo()
+    totals = {change: sum(_count(edge) for edge in edges if edge.get("Change") == change) for change in _CHANGES}
+    kinds = {change: sum(edge.get("Change") == change for edge in edges) for change in _CHANGES}
+    parts = [
+        f"{kinds[change]} edges {text} ({totals[change]} requests)"
+        for change, text in (
+            ("cut", "would be cut"),
+            ("may-cut", "may be cut, depending on headers or paths"),
+            ("opened", "would be opened"),
+            ("may-open", "may be opened"),
+            ("audited", "would be let in by audit only"),
+        )
+        if kinds[change]
+    ]
+    click.echo(f"In the last {since}: {'; '.join(parts) or 'nothing that was seen would change'}.")
+    click.echo(f"{kinds['none']} edges ({totals['none']} requests) stay as they are.")
+    _print_coverage(report)
+
+
+def _report_row(edge: dict[str, Json]) -> list[str]:
+    samples = edge.get("Samples")
+    path = str(edge.get("Path") or "")
+    if isinstance(samples, list) and samples and samples != [path]:
+        path += f" ({samples[0]})"
+    rules = edge.get("Rules")
+    rule = ", ".join(str(one) or "default" for one in rules) if isinstance(rules, list) else ""
+    return [
+        _CHANGES.get(str(edge.get("Change")), str(edge.get("Change"))),
+        str(edge.get("Source") or "(plaintext)"),
+        str(edge.get("Destination")),
+        f"{edge['Method']} {path}" if edge.get("Method") else "tcp",
+        str(_count(edge)),
+        str(edge.get("Denied")),
+        rule,
+    ]
+
+
+def _print_coverage(report: dict[str, Json]) -> None:
+    """How far the answer can be trusted."""
+    answered, missing = report.get("Answered"), report.get("Missing")
+    count = len(answered) if isinstance(answered, list) else 0
+    click.echo(f"Asked {count} agents.")
+    if isinstance(missing, list) and missing:
+        names = ", ".join(map(str, missing))
+        click.echo(f"Warning: no answer from {names}: what their services were asked is not in this report.", err=True)
+    wanted = report.get("Since")
+    for one in _objects(report.get("Observed")):
+        seconds, left_out = one.get("Seconds"), one.get("LeftOut")
+        if isinstance(seconds, int | float) and isinstance(wanted, int | float) and seconds < wanted:
+            click.echo(f"Note: {one.get('Service')} has been watched for {seconds:.0f} s only.", err=True)
+        if left_out:
+            click.echo(f"Warning: {left_out} requests to {one.get('Service')} are not in this report.", err=True)

@@ -110,6 +110,11 @@ class Params:
         wait_s = _duration_s(text, "Invalid wait time") if text else 0.0
         return min(wait_s, self._wait_s_max) if wait_s > 0 else self._wait_s_default
 
+    def duration_s(self, name: str, otherwise: float) -> float:
+        """A duration such as `15m`, in seconds; `otherwise` when absent or empty. Raises InvalidRequest."""
+        text = self.get(name)
+        return _duration_s(text, f"Invalid value for ?{name}") if text else otherwise
+
     def index(self) -> int:
         """The index to block on, 0 for none. Raises InvalidRequest."""
         text = self.get("index")

@@ -4,6 +4,7 @@ from typing import cast
 
 import msgspec
 
+from mesh.authz.observed import ObservedListener
 from mesh.model.ca import IssuedLeaf
 from mesh.model.command import Command
 from mesh.model.query import Answer, AnswerT, Asks, Query, ReadMeta, ReadOptions, answer_codec
@@ -40,7 +41,25 @@ class BootstrapCall(msgspec.Struct, frozen=True, tag="bootstrap"):
     """Are you part of a cluster, and with whom would you start one?"""
 
 
-ServerCall = ApplyCall | ReadCall | SignLeafCall | StatusCall | BootstrapCall
+class EdgesPollCall(msgspec.Struct, frozen=True, tag="edges_poll"):
+    """This agent waits for the next question about its traffic. `answers`: the number of the last one, to which
+    `listeners` are the answer; 0: none. See `agent.edges`.
+    """
+
+    node: str
+    answers: int = 0
+    listeners: tuple[ObservedListener, ...] = ()
+    forwarded: bool = False
+
+
+class EdgesGatherCall(msgspec.Struct, frozen=True, tag="edges_gather"):
+    """Ask every agent who called whom in the last `since_s` seconds."""
+
+    since_s: float
+    forwarded: bool = False
+
+
+ServerCall = ApplyCall | ReadCall | SignLeafCall | StatusCall | BootstrapCall | EdgesPollCall | EdgesGatherCall
 
 
 class ReadAnswer(msgspec.Struct, frozen=True):
@@ -64,11 +83,28 @@ class BootstrapAnswer(msgspec.Struct, frozen=True):
     candidates: tuple[str, ...] = ()
 
 
+class EdgesAsked(msgspec.Struct, frozen=True):
+    """A question: what did you see in the last `since_s` seconds? Number 0: none yet, wait again."""
+
+    question: int
+    since_s: float
+
+
+class EdgesGathered(msgspec.Struct, frozen=True):
+    """What the agents that answered saw, by service, and the names of those that did not answer in time."""
+
+    listeners: tuple[ObservedListener, ...]
+    answered: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
 CALLS: Codec[ServerCall] = Codec(ServerCall)
 READ_ANSWERS: Codec[ReadAnswer] = Codec(ReadAnswer)
 STATUS_ANSWERS: Codec[StatusAnswer] = Codec(StatusAnswer)
 BOOTSTRAP_ANSWERS: Codec[BootstrapAnswer] = Codec(BootstrapAnswer)
 LEAF_ANSWERS: Codec[IssuedLeaf] = Codec(IssuedLeaf)
+EDGES_ASKED: Codec[EdgesAsked] = Codec(EdgesAsked)
+EDGES_GATHERED: Codec[EdgesGathered] = Codec(EdgesGathered)
 
 
 def encode_read(query: Asks[AnswerT], options: ReadOptions, *, forwarded: bool) -> bytes:

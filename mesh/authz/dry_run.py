@@ -5,7 +5,7 @@ are not kept, so where a rule looks at them the verdict is "depends"; a path tem
 seen under it, and where these disagree it depends, too.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import msgspec
@@ -53,11 +53,17 @@ def judge(
     proposed: Sequence[Intention],
     *,
     default_allow: bool,
+    audited: Callable[[str], bool] = lambda _: False,
 ) -> tuple[JudgedEdge, ...]:
-    """Every edge, those that would be cut first, and the busiest first among equals."""
+    """Every edge, those that would be cut first, and the busiest first among equals. `audited`: which services are in
+    audit mode as a whole.
+    """
     judged: list[JudgedEdge] = []
     for listener in listeners:
-        before, after = (_Side(listener, rules, default_allow=default_allow) for rules in (current, proposed))
+        before, after = (
+            _Side(listener, rules, default_allow=default_allow, audit=audited(listener.service))
+            for rules in (current, proposed)
+        )
         judged.extend(_judge(edge, listener.service, before, after) for edge in listener.edges)
     judged.sort(
         key=lambda one: (
@@ -75,10 +81,14 @@ def judge(
 class _Side:
     """One set of rules, for one listener."""
 
-    def __init__(self, listener: ObservedListener, rules: Iterable[Intention], *, default_allow: bool) -> None:
+    def __init__(
+        self, listener: ObservedListener, rules: Iterable[Intention], *, default_allow: bool, audit: bool
+    ) -> None:
         self._rules = source_rules(rule for rule in rules if rule.destination in (listener.service, WILDCARD))
         self._http = listener.http
-        self._policy = Policy(self._rules, default_allow=default_allow, service=listener.service, http=listener.http)
+        self._policy = Policy(
+            self._rules, default_allow=default_allow, service=listener.service, http=listener.http, audit=audit
+        )
 
     def rule(self, source: str) -> SourceRule | None:
         """The one that decides for a caller."""
