@@ -5,8 +5,10 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from mesh.errors import ProtocolError
+from mesh.http import send
 from mesh.http.chunked import EXTENSION_BYTES_MAX
 from mesh.http.h1 import END, ClientConnection, Rejected, ServerConnection, Trailers
 from mesh.http.head import RequestHead, ResponseHead
@@ -187,6 +189,28 @@ TRAILERS = (
     b"Host: b\r\nAuthorization: x\r\ncookie: y\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n"
     b"x_forwarded_for: 1\r\nX-Forwarded-Client-Cert: z\r\nConnection: close\r\nGrpc-Status: \t0 \r\nX: y\r\n"
 )
+
+
+@pytest.mark.parametrize(
+    ("value", "outcome"), [(b"2", b"1"), (b"007", b"6"), (b"0", 405), (b"x", 400), (b"-1", 400), (b"9" * 30, 400)]
+)
+def test_max_forwards_counts_down_for_options_alone(value, outcome):
+    header = b"Max-Forwards: " + value
+    assert events_of(request(header))[0].headers == ((b"max-forwards", value),)
+    data = request(header, start=b"OPTIONS / HTTP/1.1")
+    if isinstance(outcome, int):
+        assert status_of(data) == outcome
+    else:
+        assert events_of(data)[0].headers == ((b"max-forwards", outcome),)
+
+
+def test_empty_lines_behind_a_message_begin_nothing():
+    connection = ServerConnection()
+    connection.receive_data(request() + b"\r\n")
+    assert not connection.mid_message
+    connection.receive_data(b"\r\n")
+    assert connection.receive_data(request())[-1] is END
+    assert connection.receive_eof() == []
 
 
 def test_trailers_are_an_event_without_what_must_not_come_late():
@@ -472,6 +496,28 @@ def test_accepted_upgrade_hands_over_the_rest():
     assert connection.unparsed == b"\x81\x00"
 
 
+def test_one_100_reaches_whoever_asked_for_it_and_none_anybody_else():
+    interim = b"HTTP/1.1 100 Continue\r\n\r\n" * 3 + b"HTTP/1.1 103 Early Hints\r\n\r\n"
+    final = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+    for expects, statuses in [(True, [100, 103, 200]), (False, [103, 200])]:
+        events = client_for(expects_continue=expects).receive_data(interim + final)
+        assert [event.status for event in events if event is not END] == statuses
+
+
+def test_blanks_before_colons_are_stripped_from_responses():
+    data = b"HTTP/1.1 200 OK\r\nX-A \t: b : c\r\nContent-Length : 2\r\n\r\nok"
+    expected = [ResponseHead(200, ((b"x-a", b"b : c"),), 2), b"ok", END]
+    assert client_for().receive_data(data) == expected
+    assert feed(data, range(len(data)), client_for()) == expected
+
+
+def test_response_trailers_are_an_event():
+    data = (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nGrpc-Status: 0\r\nSet-Cookie: a\r\n\r\n"
+    )
+    assert client_for().receive_data(data) == [ResponseHead(200), b"ok", Trailers(((b"grpc-status", b"0"),)), END]
+
+
 RESPONSES = (
     b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nA: b\r\n\r\n"
     b"3\r\nabc\r\n10;x\r\n0123456789abcdef\r\n0\r\nT: t\r\n\r\n"
@@ -507,13 +553,97 @@ def test_mutated_responses_never_raise_and_can_be_passed_on(changes, cuts, metho
 # ---- sending
 
 
-@pytest.mark.parametrize("value", [b"a\r\nb: c", b"a\nb", b"a\rb", b"a\0b"])
-def test_a_header_that_would_read_as_two_is_not_sent(value):
-    asked = RequestHead(b"GET", b"/", None, b"a", ())
+ASKED = RequestHead(b"GET", b"/", None, b"a", ())
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *((b"x", value) for value in (b"a\r\nb: c", b"a\nb", b"a\rb", b"a\0b", b"a\r\n", b"\x01", b"\x7f", b"\x0b")),
+        *((name, b"a") for name in (b"", b"a b", b"a:", b"a\r\nb", b"\xe4", b":path", b"a ", b"x(")),
+        *(
+            (name, b"1")
+            for name in (b"Content-Length", b"transfer-encoding", b"Connection", b"Host", b"upgrade", b"TE")
+        ),
+    ],
+)
+def test_a_header_that_would_not_be_accepted_is_not_sent(header):
+    server, client = ServerConnection(), ClientConnection()
+    for _ in range(2):  # what was refused is not remembered as good
+        with pytest.raises(ProtocolError):
+            server.send_response(ResponseHead(200, ((b"ok", b"1"), header), 0), ASKED)
+        with pytest.raises(ProtocolError):
+            server.send_informational(ResponseHead(103, (header,)))
+        with pytest.raises(ProtocolError):
+            client.send_request(RequestHead(b"GET", b"/", None, b"a", (header,)))
+    assert not server.must_close
+    answer = server.send_response(ResponseHead(500, (), 0), ASKED)  # nothing was changed by what failed
+    assert answer == b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\n\r\n"
+    assert client.idle
+    assert client.send_request(ASKED) == b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *(
+            {"path": path}
+            for path in (b"", b"a", b"/a b", b"/a\r\n", b"/a#b", b"/a?b", b"/\x80", b"/\x7f", b"/\t", b"*/")
+        ),
+        *({"query": query} for query in (b"a b", b"a#", b"\r\n", b"\xff")),
+        *({"authority": authority} for authority in (b"a b", b"a/b", b"u@a", b"a\r\nx: y", b"a?b", b"a#b", b"\xe4")),
+        *({"method": method} for method in (b"", b"get", b"GET /", b"G\r\nX: y", b"G:")),
+    ],
+)
+def test_a_request_that_would_not_be_accepted_is_not_sent(fields):
     with pytest.raises(ProtocolError):
-        ServerConnection().send_response(ResponseHead(200, ((b"x", value),), 0), asked)
+        ClientConnection().send_request(replace(ASKED, **fields))
+
+
+@pytest.mark.parametrize("status", [-1, 0, 99, 600, 799, 2000])
+def test_a_status_that_is_none_is_not_sent(status):
     with pytest.raises(ProtocolError):
-        ClientConnection().send_request(RequestHead(b"GET", b"/", None, b"a", ((b"x", value),)))
+        ServerConnection().send_response(ResponseHead(status, (), 0), ASKED)
+    with pytest.raises(ProtocolError):
+        ServerConnection().send_response(ResponseHead(200, (), 0, b"a\r\nb: c"), ASKED)
+
+
+def test_names_that_are_remembered_as_good_are_bounded():
+    for number in range(3 * send._NAMES_KEPT_MAX):
+        ClientConnection().send_request(replace(ASKED, headers=((b"x-%d" % number, b""),)))
+    assert len(send._good_names) <= send._NAMES_KEPT_MAX
+
+
+def test_trailers_are_sent_where_they_can_be():
+    trailers = ((b"grpc-status", b"0"),)
+    client = ClientConnection()
+    client.send_request(replace(ASKED, method=b"POST", chunked=True))
+    assert client.end(trailers) == b"0\r\ngrpc-status: 0\r\n\r\n"
+    client = ClientConnection()
+    client.send_request(replace(ASKED, method=b"POST", content_length=0))
+    assert client.end(trailers) == b""
+    for asked, response, expected in [
+        (replace(ASKED, te_trailers=True), ResponseHead(200), b"0\r\ngrpc-status: 0\r\n\r\n"),
+        (ASKED, ResponseHead(200), b"0\r\n\r\n"),
+        (replace(ASKED, te_trailers=True), ResponseHead(200, (), 0), b""),
+        (replace(ASKED, te_trailers=True, http_minor=0), ResponseHead(200), b""),
+        (replace(ASKED, te_trailers=True, method=b"HEAD"), ResponseHead(200), b""),
+    ]:
+        server = ServerConnection()
+        server.send_response(response, asked)
+        assert server.end(trailers) == expected
+
+
+@pytest.mark.parametrize(
+    "trailer",
+    [(b"Content-Length", b"1"), (b"host", b"a"), (b"a b", b"c"), (b"a", b"b\r\nc: d"), (b"x_forwarded_for", b"")],
+)
+def test_a_trailer_that_would_not_be_kept_is_not_sent(trailer):
+    client = ClientConnection()
+    client.send_request(replace(ASKED, method=b"POST", chunked=True))
+    with pytest.raises(ProtocolError):
+        client.end((trailer,))
+    assert client.end() == b"0\r\n\r\n"
 
 
 def test_responses_are_framed_by_what_the_request_allows():
@@ -537,7 +667,7 @@ def test_responses_are_framed_by_what_the_request_allows():
     assert sent(unknown, old, b"ok") == (b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nok", True)
     assert sent(body, head, b"ok") == (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n", False)
     assert sent(ResponseHead(204, (), 0), modern) == (b"HTTP/1.1 204 No Content\r\n\r\n", False)
-    assert sent(ResponseHead(799, (), 0, b"Odd"), modern)[0].startswith(b"HTTP/1.1 799 Odd\r\n")
+    assert sent(ResponseHead(599, (), 0, b"Odd"), modern)[0].startswith(b"HTTP/1.1 599 Odd\r\n")
 
 
 def test_a_body_that_differs_from_its_length_is_our_bug():
