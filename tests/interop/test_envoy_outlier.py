@@ -3,18 +3,13 @@
 OUTLIER_SEED chooses other policies and outcomes.
 """
 
-import contextlib
-import json
 import os
 import random
 import shutil
-import socket
-import subprocess
-import threading
 import time
-from http.client import HTTPConnection
 
 import pytest
+from envoy_peer import LIMIT_S, endpoint, envoy, hosts
 
 from mesh.proxy.outlier import EJECTION_KINDS, OutlierDetector
 from mesh.traffic.policy import OutlierDetection
@@ -24,55 +19,14 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("envoy") is None and "CI" not in os.environ, reason="the envoy binary is missing"),
 ]
 
-LIMIT_S = 20.0
 POLICIES = 12
 REQUESTS = 60  # for each policy
 HOSTS = 6  # that listen; one more does not
 ANSWERS = ["200", "204", "404", "429", "500", "501", "502", "503", "504", "599", "reset", "garbage", "slow"]
-HTTP = "type.googleapis.com/envoy.extensions.filters"
 NEVER_S = 3600.0
 INTERVAL_S = 0.4
 BATCHES = 3  # of requests that statistics are made of, for each policy
 SEED = int(os.environ.get("OUTLIER_SEED", "1"))
-
-
-def _serve(listener):
-    """Answers each request with what its `x-answer` asks for."""
-    with contextlib.suppress(OSError):
-        while True:
-            connection, _ = listener.accept()
-            threading.Thread(target=_answer, args=(connection,), daemon=True).start()
-
-
-def _answer(connection):
-    with connection, contextlib.suppress(OSError):
-        while request := connection.recv(65536):
-            answer = request.lower().split(b"x-answer: ")[1].split(b"\r\n")[0].decode()
-            if answer == "reset":
-                return
-            if answer == "garbage":
-                connection.sendall(b"garbage\r\n\r\n")
-                return
-            if answer == "slow":
-                connection.recv(65536)  # nothing comes until Envoy gives up
-                return
-            connection.sendall(
-                f"HTTP/1.1 {answer} X\r\n".encode() + b"content-length: 0\r\n" * (answer != "204") + b"\r\n"
-            )
-
-
-@contextlib.contextmanager
-def _hosts():
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(HOSTS)]
-    with socket.create_server(("127.0.0.1", 0)) as dead:  # its port stays ours, and is closed once Envoy runs
-        dead_port = dead.getsockname()[1]
-    for listener in listeners:
-        threading.Thread(target=_serve, args=(listener,), daemon=True).start()
-    try:
-        yield [listener.getsockname()[1] for listener in listeners] + [dead_port]
-    finally:
-        for listener in listeners:
-            listener.close()
 
 
 def _seconds(value):
@@ -94,7 +48,7 @@ def _cluster(name, policy, ports):
     """One subset for each host, so that a request names its host, which is used when it is ejected too (panic)."""
     endpoints = [
         {
-            "endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": port}}},
+            "endpoint": endpoint(port),
             "metadata": {"filter_metadata": {"envoy.lb": {"host": str(number)}}},
         }
         for number, port in enumerate(ports)
@@ -110,95 +64,37 @@ def _cluster(name, policy, ports):
     }
 
 
-def _configuration(port, admin_port, policies, ports_of):
-    routes = [
+def _routes(ports_of):
+    """`/cluster/host` goes to that host."""
+    return [
         {
             "match": {"path": f"/{name}/{number}"},
             "route": {"cluster": name, "metadata_match": {"filter_metadata": {"envoy.lb": {"host": str(number)}}}},
         }
-        for name in policies
-        for number in range(len(ports_of[name]))
+        for name, ports in ports_of.items()
+        for number in range(len(ports))
     ]
-    manager = {
-        "@type": f"{HTTP}.network.http_connection_manager.v3.HttpConnectionManager",
-        "stat_prefix": "in",
-        "use_remote_address": True,  # loopback is internal: our timeout header is heard
-        "internal_address_config": {"cidr_ranges": [{"address_prefix": "127.0.0.0", "prefix_len": 8}]},
-        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]},
-        "http_filters": [
-            {"name": "envoy.filters.http.router", "typed_config": {"@type": f"{HTTP}.http.router.v3.Router"}}
-        ],
-    }
-    listener = {
-        "name": "in",
-        "address": {"socket_address": {"address": "127.0.0.1", "port_value": port}},
-        "filter_chains": [
-            {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
-        ],
-    }
-    clusters = [_cluster(name, policy, ports_of[name]) for name, policy in policies.items()]
-    admin = {"address": {"socket_address": {"address": "127.0.0.1", "port_value": admin_port}}}
-    return {"admin": admin, "static_resources": {"listeners": [listener], "clusters": clusters}}
 
 
-class Peer:
-    """A running Envoy: what is asked of it, and what it has counted."""
-
-    def __init__(self, port, admin_port):
-        self._data = HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)
-        self._admin = HTTPConnection("127.0.0.1", admin_port, timeout=LIMIT_S)
-
-    def close(self):
-        self._data.close()
-        self._admin.close()
-
-    def send(self, name, host, answer):
-        headers = {"x-answer": answer}
-        if answer == "slow":
-            headers["x-envoy-upstream-rq-timeout-ms"] = "15"
-        self._data.request("GET", f"/{name}/{host}", headers=headers)
-        self._data.getresponse().read()
-
-    def ask(self, path):
-        self._admin.request("GET", path)
-        return json.loads(self._admin.getresponse().read())
-
-    def counters(self, name):
-        answer = self.ask(f"/stats?format=json&filter=^cluster.{name}.outlier_detection.ejections_")
-        return {stat["name"].partition("ejections_")[2]: stat["value"] for stat in answer["stats"]}
-
-    def ejected(self, name):
-        clusters = {cluster["name"]: cluster for cluster in self.ask("/clusters?format=json")["cluster_statuses"]}
-        return [host["health_status"].get("failed_outlier_check", False) for host in clusters[name]["host_statuses"]]
-
-
-@contextlib.contextmanager
 def _envoy(directory, policies, ports_of):
-    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
-        port, admin_port = first.getsockname()[1], second.getsockname()[1]
-    path = directory / "envoy.json"
-    path.write_text(json.dumps(_configuration(port, admin_port, policies, ports_of)))
-    with (directory / "envoy.log").open("wb") as log:
-        process = subprocess.Popen(
-            ["envoy", "-c", str(path), "--concurrency", "1", "--log-level", "warning", "--disable-hot-restart"],
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        deadline = time.monotonic() + LIMIT_S
-        while True:
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), 1.0).close()
-                break
-            assert process.poll() is None, (directory / "envoy.log").read_text()
-            assert time.monotonic() < deadline, "Envoy did not begin to listen"
-            time.sleep(0.05)
-        peer = Peer(port, admin_port)
-        with contextlib.closing(peer):
-            yield peer
-    finally:
-        process.kill()
-        process.wait()
+    clusters = [_cluster(name, policy, ports_of[name]) for name, policy in policies.items()]
+    return envoy(directory, clusters, _routes(ports_of))
+
+
+def _send(peer, name, host, answer):
+    if answer == "slow":
+        peer.get(f"/{name}/{host}", answer, x_envoy_upstream_rq_timeout_ms="15")
+    else:
+        peer.get(f"/{name}/{host}", answer)
+
+
+def _counters(peer, name):
+    return peer.counters(f"cluster.{name}.outlier_detection.ejections_")
+
+
+def _ejected(peer, name):
+    clusters = {cluster["name"]: cluster for cluster in peer.ask("/clusters?format=json")["cluster_statuses"]}
+    return [host["health_status"].get("failed_outlier_check", False) for host in clusters[name]["host_statuses"]]
 
 
 def _tell(detector, host, answer, now, *, alive):
@@ -240,8 +136,8 @@ def _random_policy(rng):
 def test_envoy_counts_and_ejects_as_we_do(tmp_path):
     rng = random.Random(SEED)
     policies = {f"c{number}x": _random_policy(rng) for number in range(POLICIES)}
-    with _hosts() as ports:
-        ports_of = {name: [*ports[: rng.randint(1, HOSTS)], ports[-1]] for name in policies}
+    with hosts(HOSTS) as (ports, dead):
+        ports_of = {name: [*ports[: rng.randint(1, HOSTS)], dead] for name in policies}
         with _envoy(tmp_path, policies, ports_of) as peer:
             for name, policy in policies.items():
                 detector = OutlierDetector(policy, random.Random(1), lambda record: None, now=0.0)
@@ -254,9 +150,9 @@ def test_envoy_counts_and_ejects_as_we_do(tmp_path):
                     answer = rng.choice(ANSWERS[4:] if rng.random() < bad else ANSWERS)
                     told.append((host, answer))
                     _tell(detector, host, answer, 0.0, alive=host < count - 1)
-                    peer.send(name, host, answer)
-                    assert peer.ejected(name) == [detector.is_ejected(str(number)) for number in range(count)], told
-                counters = peer.counters(name)
+                    _send(peer, name, host, answer)
+                    assert _ejected(peer, name) == [detector.is_ejected(str(number)) for number in range(count)], told
+                counters = _counters(peer, name)
                 ours = _counted(detector)
                 assert {key: counters[key] for key in ours} == ours, (policy, told)
 
@@ -283,7 +179,7 @@ def _statistics_policy(rng, **enforcing):
 def _wait_for_tick(peer, name, marker):
     """The host `marker` has been ejected: the tick takes it back. Who is ejected right after it."""
     deadline = time.monotonic() + LIMIT_S
-    while (ejected := peer.ejected(name))[marker]:
+    while (ejected := _ejected(peer, name))[marker]:
         assert time.monotonic() < deadline, "no tick came"
     return ejected
 
@@ -293,22 +189,22 @@ def _batch_agrees(rng, peer, name, policy):
     detector = OutlierDetector(policy, random.Random(1), lambda record: None, now=0.0)
     detector.endpoints_changed(map(str, range(HOSTS)))
     marker = HOSTS - 1
-    peer.send(name, marker, "503")
+    _send(peer, name, marker, "503")
     _wait_for_tick(peer, name, marker)
     began = time.monotonic()
-    before = peer.counters(name)
+    before = _counters(peer, name)
     for host in range(marker):
         bad = rng.random()
         for _ in range(rng.randint(4, 12)):
             answer = "500" if rng.random() < bad else "200"
-            peer.send(name, host, answer)
+            _send(peer, name, host, answer)
             _tell(detector, host, answer, 0.1, alive=True)
-    peer.send(name, marker, "503")
+    _send(peer, name, marker, "503")
     _tell(detector, marker, "503", 0.1, alive=True)
     if time.monotonic() - began > 0.7 * INTERVAL_S:
         return False
     ejected = _wait_for_tick(peer, name, marker)
-    after = peer.counters(name)
+    after = _counters(peer, name)
     detector.tick(INTERVAL_S)
     assert ejected == [detector.is_ejected(str(number)) for number in range(HOSTS)]
     ours = _counted(detector)
@@ -323,8 +219,8 @@ def test_envoy_judges_by_statistics_as_we_do(tmp_path):
         "rate": _statistics_policy(rng),
         "percentage": _statistics_policy(rng, enforcing_success_rate=0, enforcing_failure_percentage=100),
     }
-    with _hosts() as ports:
-        ports_of = dict.fromkeys(policies, ports[:HOSTS])
+    with hosts(HOSTS) as (ports, _dead):
+        ports_of = dict.fromkeys(policies, ports)
         with _envoy(tmp_path, policies, ports_of) as peer:
             for name, policy in policies.items():
                 agreed = 0
