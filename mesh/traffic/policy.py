@@ -157,8 +157,8 @@ class PoolPolicy(msgspec.Struct, frozen=True):
 
 
 class RateLimit(msgspec.Struct, frozen=True):
-    """A token bucket: `tokens_per_fill` every `fill_interval_s`, at most `tokens_max`; one token a request (HTTP) or a
-    connection (TCP). Without one: `status`, flag RL, and `response_headers`.
+    """A token bucket: `tokens_per_fill` come evenly in `fill_interval_s`, at most `tokens_max`; one a request (HTTP) or
+    a connection (TCP). Without one: `status`, flag RL, and `response_headers`.
     """
 
     tokens_max: int
