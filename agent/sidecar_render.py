@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, get_args
 
 import msgspec
 
@@ -15,19 +15,21 @@ from agent.upstream_render import (
     outbound_listener,
     supported,
 )
-from mesh.authz import source_rules
+from mesh.authz import rule_problems, source_rules
 from mesh.errors import ConfigError
 from mesh.model.ca import CaRoots
 from mesh.model.catalog import Proxy, Service
 from mesh.model.config_entry import ConfigEntry
-from mesh.model.intention import Intention
+from mesh.model.intention import Intention, is_audit
 from mesh.model.match import RouteMatch
 from mesh.names import service_spiffe_id
+from mesh.proxy.client_cert import ClientCertField, ForwardClientCert
 from mesh.proxy.sidecar_config import (
     CONNECT_TIMEOUT_S,
     LOCAL_APPLICATION,
     AccessLogConfig,
     InboundListener,
+    MtlsMode,
     OutboundListener,
     SidecarConfig,
 )
@@ -115,19 +117,68 @@ def _inbound(facts: SidecarFacts, proxy: Proxy, warnings: list[str]) -> InboundL
     if bind_address is None or local_address is None:
         warnings.append("bind_address and local_service_address must be IP addresses, so nothing is accepted")
         return None
+    protocol = supported(protocol, proxy.destination_service_name, warnings)
+    rules = source_rules(facts.intentions)
+    warnings.extend(rule_problems(rules, http=protocol == "http", service=proxy.destination_service_name))
     return InboundListener(
         bind_address=bind_address,
         bind_port=port,
         local_address=local_address,
         local_port=application_port,
-        protocol=supported(protocol, proxy.destination_service_name, warnings),
-        intentions=source_rules(facts.intentions),
+        protocol=protocol,
+        intentions=rules,
         default_allow=facts.default_allow,
+        audit=is_audit(_meta(facts.proxy_defaults) | _meta(facts.service_defaults)),
+        mtls=_mtls(facts),
+        forward_client_cert=_forward_client_cert(facts, proxy, warnings),
+        client_cert_fields=_client_cert_fields(facts, proxy, warnings),
         connect_timeout_s=milliseconds(proxy.config, "local_connect_timeout_ms") or CONNECT_TIMEOUT_S,
         request_timeout_s=milliseconds(proxy.config, "local_request_timeout_ms") or 0.0,
         connections_max=integer(proxy.config, "max_inbound_connections") or 8192,
         **_rate_limits(facts.service_defaults, warnings),
     )
+
+
+def _meta(entry: ConfigEntry | None) -> dict[str, str]:
+    return entry.meta if entry is not None else {}
+
+
+def _mtls(facts: SidecarFacts) -> MtlsMode:
+    """`MutualTLSMode` of the service, else of all proxies. The state takes `permissive` only where `mesh` allows it."""
+    mode = text(_body(facts.service_defaults), "MutualTLSMode") or text(_body(facts.proxy_defaults), "MutualTLSMode")
+    return "permissive" if mode == "permissive" else "strict"
+
+
+def _proxy_setting(facts: SidecarFacts, proxy: Proxy, key: str) -> object:
+    """A key of the proxy's own opaque configuration, else of proxy-defaults' `Config`."""
+    return proxy.config.get(key) or table(_body(facts.proxy_defaults), "Config").get(key)
+
+
+def _forward_client_cert(facts: SidecarFacts, proxy: Proxy, warnings: list[str]) -> ForwardClientCert:
+    """Opaque key `forward_client_cert`; `mesh`'s SanitizeXForwardedClientCert overrules it, as in Consul."""
+    if table(_body(facts.entries.get(("mesh", "mesh"))), "HTTP").get("SanitizeXForwardedClientCert") is True:
+        return "sanitize"
+    given = _proxy_setting(facts, proxy, "forward_client_cert") or "sanitize"
+    try:
+        mode: ForwardClientCert = msgspec.convert(given, ForwardClientCert)
+    except msgspec.ValidationError:
+        modes = ", ".join(get_args(ForwardClientCert))
+        warnings.append(f"forward_client_cert must be one of {modes}, so x-forwarded-client-cert is dropped")
+        return "sanitize"
+    return mode
+
+
+def _client_cert_fields(facts: SidecarFacts, proxy: Proxy, warnings: list[str]) -> tuple[ClientCertField, ...]:
+    """Opaque key `forward_client_cert_fields`: what is told beside By and Hash; the URI unless it says otherwise."""
+    given = _proxy_setting(facts, proxy, "forward_client_cert_fields")
+    if given is None:
+        return ("uri",)
+    try:
+        return msgspec.convert(given, tuple[ClientCertField, ...])
+    except msgspec.ValidationError:
+        names = ", ".join(get_args(ClientCertField))
+        warnings.append(f"forward_client_cert_fields must be a list of {names}; it is taken as [uri]")
+        return ("uri",)
 
 
 class _RateLimits(TypedDict):

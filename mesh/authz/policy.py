@@ -102,7 +102,7 @@ class Requests:
 class Policy:
     """The rules of one destination. Never raises: a rule that cannot be compiled refuses."""
 
-    __slots__ = ("_by_source", "_otherwise", "decides_requests")
+    __slots__ = ("_by_source", "_otherwise", "problems")
 
     def __init__(
         self,
@@ -114,6 +114,7 @@ class Policy:
         audit: bool = False,
     ) -> None:
         """`rules` are those whose destination is `service` or `*`, highest precedence first. `audit`: of everything."""
+        self.problems: tuple[str, ...] = ()  # rules that refuse because they cannot be applied here, and why
         default = _verdict("", allowed=default_allow, audit=audit)
         self._otherwise: Verdict | Requests = default
         self._by_source: dict[str, Verdict | Requests] = {}
@@ -123,18 +124,16 @@ class Policy:
                 self._otherwise = decider
                 break  # it decides for everyone; what follows has lower precedence
             self._by_source.setdefault(rule.source, decider)
-        deciders = (*self._by_source.values(), self._otherwise)
-        self.decides_requests = any(type(decider) is Requests for decider in deciders)
 
-    @staticmethod
     def _compile(
-        rule: SourceRule, service: str, *, default_allow: bool, http: bool, audit: bool
+        self, rule: SourceRule, service: str, *, default_allow: bool, http: bool, audit: bool
     ) -> "Verdict | Requests":
         name = f"{rule.source}=>{service if rule.precedence >= 8 else WILDCARD}"
         if not rule.permissions:
             action = "allow" if rule.action == "allow" else "deny"
             return _verdict(f"{name} {action}", allowed=action == "allow", audit=audit)
         if not http:
+            self.problems += (f"rule {name} has permissions, and the service's protocol is not http: it refuses",)
             return _verdict(f"{name} needs http", allowed=False, audit=audit)
         try:
             conditions = [
@@ -143,7 +142,8 @@ class Policy:
                 )
                 for at, one in enumerate(rule.permissions, start=1)
             ]
-        except (ConfigError, UnicodeError):
+        except (ConfigError, UnicodeError) as error:
+            self.problems += (f"rule {name} cannot be understood, so it refuses: {error}",)
             return Verdict(allowed=False, rule=f"{name} cannot be understood")
         otherwise = _verdict("" if default_allow else f"{name} no permission", allowed=default_allow, audit=audit)
         return Requests(conditions, otherwise)
@@ -177,6 +177,13 @@ class Policy:
             return (decider,)
         assert type(decider) is Requests
         return decider.possible()
+
+
+def rule_problems(rules: Sequence[SourceRule], *, http: bool, service: str) -> tuple[str, ...]:
+    """Which rules refuse because they cannot be applied to such a service, a sentence each."""
+    if not any(rule.permissions for rule in rules):
+        return ()
+    return Policy(rules, default_allow=False, service=service, http=http).problems
 
 
 def _verdict(rule: str, *, allowed: bool, audit: bool) -> Verdict:

@@ -2,10 +2,11 @@
 
 from msgspec.structs import replace
 
+from mesh.errors import Refused
 from mesh.model.config_entry import ConfigEntry
 from mesh.model.equality import same
 from mesh.names import fold
-from mesh.state.validation import require_config_entry
+from mesh.state.validation import MTLS_KINDS, require_config_entry
 from mesh.state.watch import WatchKey, config_key, config_kind_key
 
 EntryKey = tuple[str, str]  # kind, folded name
@@ -22,6 +23,7 @@ class ConfigTable:
     def put(self, entry: ConfigEntry, cas_index: int | None, index: int, changed: set[WatchKey]) -> bool:
         """False when `cas_index` did not match. Raises Refused when the entry is not valid."""
         require_config_entry(entry)
+        self._require_permissive_allowed(entry)
         key = (entry.kind, fold(entry.name))
         old = self.rows.get(key)
         if cas_index is not None and cas_index != (old.modify_index if old else 0):
@@ -34,6 +36,16 @@ class ConfigTable:
         self.rows[key] = replace(entry, create_index=created, modify_index=index)
         self._touch(key, index, changed)
         return True
+
+    def _require_permissive_allowed(self, entry: ConfigEntry) -> None:
+        """As in Consul: what already is permissive stays so when `mesh` forbids it later, until it is written again."""
+        if entry.kind not in MTLS_KINDS or entry.body.get("MutualTLSMode") != "permissive":
+            return
+        mesh = self.get("mesh", "mesh")
+        if mesh is None or mesh.body.get("AllowEnablingPermissiveMutualTLS") is not True:
+            raise Refused(
+                "MutualTLSMode=permissive needs AllowEnablingPermissiveMutualTLS=true in the mesh config entry first"
+            )
 
     def delete(self, kind: str, name: str, cas_index: int | None, index: int, changed: set[WatchKey]) -> bool:
         """Whether it is gone; False only when `cas_index` did not match."""

@@ -42,6 +42,8 @@ CONFIG_KINDS = frozenset(
         *SINGLETON_NAMES,
     }
 )
+MTLS_KINDS = ("service-defaults", "proxy-defaults")
+MTLS_MODES = ("", "strict", "permissive")
 PROTOCOLS = frozenset({"", "tcp", "http", "http2", "grpc"})
 
 _SOURCE_FIELDS = frozenset(
@@ -129,6 +131,9 @@ def require_config_entry(entry: ConfigEntry) -> None:
         raise Refused(f'invalid name ("{entry.name}"), only "{singleton}" is supported')
     require_json(entry.body, f"config entry {entry.kind}/{entry.name}")
     _require_modes(entry.meta)
+    if entry.kind in MTLS_KINDS and entry.body.get("MutualTLSMode", "") not in MTLS_MODES:
+        mode = str(entry.body["MutualTLSMode"])[:64]
+        raise Refused(f'Invalid MutualTLSMode "{mode}". Must be one of "", "strict", or "permissive".')
     if entry.kind == "service-defaults":
         protocol = entry.body.get("Protocol", "")
         if not isinstance(protocol, str) or protocol.lower() not in PROTOCOLS:
@@ -167,6 +172,7 @@ def intentions_of(entry: ConfigEntry) -> tuple[Intention, ...]:
     if unknown:
         # JWT requirements among them: a rule that is half enforced would let in what it is meant to keep out.
         raise Refused(f"{unknown[0]} is not supported in service-intentions")
+    _require_modes(entry.meta)
     sources = entry.body.get("Sources")
     if sources is None or sources == []:
         raise Refused("At least one source is required.")

@@ -3,6 +3,7 @@
 import itertools
 import random
 
+import pytest
 from certificates import NOW_S, new_root
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -130,3 +131,62 @@ def test_proxy_without_an_application_or_port_serves_outgoing_connections_only()
     assert render(facts(application_port=0)).config.inbound is None
     assert render(facts(service=replace(PROXY, port=0))).config.inbound is None
     assert len(render(facts(application_port=0)).config.outbound) == 1
+
+
+def entry_of(kind, name, body=None, meta=None):
+    return {(kind, name): ConfigEntry(kind, name, body or {}, meta or {})}
+
+
+def inbound_of(*entries, config=None, **changes):
+    merged = {key: value for one in entries for key, value in one.items()}
+    proxy = replace(PROXY, proxy=replace(PROXY.proxy, config=config or {}))
+    rendered = render(facts(service=proxy, entries=merged, **changes))
+    return rendered.config.inbound, rendered.warnings
+
+
+@pytest.mark.parametrize(
+    ("service", "proxies", "expected"),
+    [("", "", "strict"), ("permissive", "", "permissive"), ("", "permissive", "permissive"),
+     ("strict", "permissive", "strict")],
+)  # fmt: skip
+def test_mtls_mode_is_the_services_or_else_that_of_all_proxies(service, proxies, expected):
+    inbound, _ = inbound_of(
+        entry_of("service-defaults", "web", {"MutualTLSMode": service}),
+        entry_of("proxy-defaults", "global", {"MutualTLSMode": proxies}),
+    )
+    assert inbound.mtls == expected
+
+
+def test_audit_mode_of_a_service_or_of_all_is_asked_for_in_metadata():
+    audit, enforce = {"mesh-intentions": "audit"}, {"mesh-intentions": "enforce"}
+    assert inbound_of(entry_of("service-defaults", "web", {}, audit))[0].audit
+    everybody = entry_of("proxy-defaults", "global", {}, audit)
+    assert inbound_of(everybody)[0].audit
+    assert not inbound_of(everybody, entry_of("service-defaults", "web", {}, enforce))[0].audit
+    assert not inbound_of(entry_of("service-defaults", "other", {}, audit))[0].audit
+    rule = Intention("a", "web", "deny", audit=True)
+    assert inbound_of(intentions=(rule,))[0].intentions[0].audit
+
+
+def test_client_certificates_are_forwarded_as_configured_unless_the_mesh_forbids_it():
+    inbound, warnings = inbound_of()
+    assert (inbound.forward_client_cert, inbound.client_cert_fields, warnings) == ("sanitize", ("uri",), ())
+    config = {"forward_client_cert": "append_forward", "forward_client_cert_fields": ["uri", "subject"]}
+    inbound, _ = inbound_of(config=config)
+    assert (inbound.forward_client_cert, inbound.client_cert_fields) == ("append_forward", ("uri", "subject"))
+    inbound, _ = inbound_of(entry_of("proxy-defaults", "global", {"Config": config}))
+    assert inbound.forward_client_cert == "append_forward"
+    forbids = entry_of("mesh", "mesh", {"HTTP": {"SanitizeXForwardedClientCert": True}})
+    assert inbound_of(forbids, config=config)[0].forward_client_cert == "sanitize"
+    inbound, warnings = inbound_of(config={"forward_client_cert": "all", "forward_client_cert_fields": "uri"})
+    assert (inbound.forward_client_cert, inbound.client_cert_fields) == ("sanitize", ("uri",))
+    assert len(warnings) == 2
+
+
+def test_permissions_on_a_service_that_is_not_http_are_warned_about():
+    permissions = ({"Action": "allow", "HTTP": {"PathRegex": "("}},)
+    rules = (Intention("a", "web", None, permissions),)
+    _, warnings = inbound_of(intentions=rules)
+    assert warnings == ("rule a=>web has permissions, and the service's protocol is not http: it refuses",)
+    _, (warning,) = inbound_of(config={"protocol": "http"}, intentions=rules)
+    assert "rule a=>web cannot be understood, so it refuses" in warning

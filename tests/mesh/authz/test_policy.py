@@ -72,7 +72,9 @@ def test_a_rule_with_permissions_refuses_where_there_are_no_requests():
     verdict = compiled.connection("web")
     assert (verdict.allowed, verdict.rule) == (False, "web=>api needs http")
     assert compiled.connection("cart").allowed
-    assert not compiled.decides_requests
+    assert compiled.problems == (
+        "rule web=>api has permissions, and the service's protocol is not http: it refuses",
+    )
 
 
 @pytest.mark.parametrize("values", [(b"evil", b"good"), (b"good", b"evil"), (b"evil", b"evil")])
@@ -114,7 +116,9 @@ def test_a_path_in_another_spelling_means_its_canonical_one():
 
 def test_a_rule_that_cannot_be_compiled_refuses():
     bad = SourceRule("web", None, (allow(path=under("/")), allow(path=PathMatch("regex", "("))))
-    verdict = policy(bad, default_allow=True, audit=True).verdict("web", head())
+    compiled = policy(bad, default_allow=True, audit=True)
+    assert "cannot be understood" in compiled.problems[0]
+    verdict = compiled.verdict("web", head())
     assert (verdict.allowed, verdict.rule) == (False, "web=>api cannot be understood")
 
 

@@ -1,6 +1,7 @@
 """The index and registration rules of the tables, one by one."""
 
 import pytest
+from msgspec.structs import replace
 
 from mesh.model.ca import CaRoot, CaRoots
 from mesh.model.catalog import Node, Proxy, Service
@@ -476,3 +477,31 @@ def test_ca_roots_that_are_not_valid_are_refused(log):
     assert "exactly one active" in log.rejection(CaRootsSet("cluster", (root("a"), root("b")), 1))
     assert "cannot change" in log.rejection(CaRootsSet("other", (root("a"),), 1))
     assert "same ID" in log.rejection(CaRootsSet("cluster", (root("a"), root("a", active=False)), 1))
+
+
+def test_permissive_mtls_is_taken_only_where_the_mesh_entry_allows_it(log):
+    permissive = ConfigEntry("service-defaults", "web", {"MutualTLSMode": "permissive"})
+    assert "AllowEnablingPermissiveMutualTLS" in log.rejection(ConfigEntrySet(permissive))
+    mesh = ConfigEntry("mesh", "mesh", {"AllowEnablingPermissiveMutualTLS": True})
+    log.apply(ConfigEntrySet(mesh))
+    log.apply(ConfigEntrySet(permissive))
+    unknown = replace(permissive, body={"MutualTLSMode": "lax"})
+    assert 'Invalid MutualTLSMode "lax"' in log.rejection(ConfigEntrySet(unknown))
+
+
+def test_audit_mode_comes_from_a_rules_metadata_or_its_entrys(log):
+    def audited():
+        return {one.source for one in log.store.intentions.match_destination("api") if one.audit}
+
+    sources = [{"Name": name, "Action": "deny"} for name in ("a", "b", "*")]
+    entry = ConfigEntry("service-intentions", "api", {"Sources": sources}, {"mesh-intentions/a": "audit"})
+    log.apply(ConfigEntrySet(entry))
+    assert audited() == {"a"}
+    log.apply(ConfigEntrySet(replace(entry, meta={"mesh-intentions": "audit", "mesh-intentions/b": "enforce"})))
+    assert audited() == {"a", "*"}
+    log.apply(ConfigEntrySet(replace(entry, meta={})))
+    assert audited() == set()
+    log.apply(IntentionUpsert(Intention("b", "api", "deny", meta={"mesh-intentions": "audit"})))
+    assert audited() == {"b"}
+    misspelt = replace(entry, meta={"mesh-intentions": "adit"})
+    assert "must be one of enforce, audit" in log.rejection(ConfigEntrySet(misspelt))
