@@ -4,27 +4,29 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from agent.dataplane.dialed import Dialed
+from agent.dataplane.dialed import CONNECT_TIMED_OUT, Dialed
 from agent.dataplane.reactor import Reactor
-from mesh.http.h1 import END, ClientConnection, Rejected, ResponseEvent
-from mesh.http.head import ResponseHead
-from mesh.proxy.exchange import Exchange
+from mesh.http.h1 import END, ClientConnection, Rejected, ResponseEvent, Trailers
+from mesh.http.head import Headers, ResponseHead
+from mesh.proxy.exchange import Attempt
 from mesh.proxy.relay import Relay
+from mesh.proxy.retry import FailureKind
 
 if TYPE_CHECKING:
     from agent.dataplane.endpoint import Endpoint
 
 
 class HttpDialed(Dialed):
-    """A channel: carries one exchange at a time, or is idle in its endpoint's pool."""
+    """A channel: carries one attempt at a time, or is idle in its endpoint's pool."""
 
-    __slots__ = ("_opened_at", "_relay", "codec", "exchange", "requests", "reused")
+    __slots__ = ("_nothing_sent", "_opened_at", "_relay", "attempt", "codec", "requests", "reused")
 
-    def __init__(self, reactor: Reactor, sock: socket.socket, endpoint: "Endpoint", exchange: Exchange | None) -> None:
+    def __init__(self, reactor: Reactor, sock: socket.socket, endpoint: "Endpoint", attempt: Attempt | None) -> None:
         super().__init__(reactor, sock, endpoint)
         self.codec = ClientConnection()
-        self.exchange = exchange
+        self.attempt = attempt
         self.reused = False
+        self._nothing_sent = False
         self.requests = 0
         self._opened_at = reactor.now
         self._relay: Relay | None = None
@@ -34,17 +36,24 @@ class HttpDialed(Dialed):
         """Seconds since it began to connect."""
         return self.reactor.now - self._opened_at
 
-    def use(self, exchange: Exchange) -> None:
-        """Carries an exchange from now on."""
-        self.exchange = exchange
+    def use(self, attempt: Attempt) -> None:
+        """Carries an attempt from now on."""
+        self.attempt = attempt
         self.reused = self.requests > 0
         self.requests += 1
         self.deadline = float("inf")
-        exchange.channel_ready(self)
+        attempt.channel_ready(self)
+        if self._shut and not self.closed:
+            self._nothing_sent = True  # the very first write of this request failed
+
+    def handed_to(self, attempt: Attempt) -> None:
+        """Exchange callback."""
+        self.attempt = attempt
+        self.deadline = float("inf")
 
     def rest(self) -> None:
         """Idle: it may stay so for a while."""
-        self.exchange = None
+        self.attempt = None
         if self._paused:
             self.resume_reading()
         self.set_deadline(self.reactor.now + self.endpoint.target.idle_timeout_s)
@@ -57,10 +66,10 @@ class HttpDialed(Dialed):
         """Dialed callback."""
         self.endpoint.channel_established(self)
 
-    def failed(self) -> None:
+    def failed(self, reason: str) -> None:
         """Dialed callback."""
-        exchange, self.exchange = self.exchange, None
-        self.endpoint.channel_failed(exchange)
+        attempt, self.attempt = self.attempt, None
+        self.endpoint.channel_failed(attempt, "connect-timeout" if reason == CONNECT_TIMED_OUT else "connect", reason)
 
     def data_received(self, data: bytes) -> None:
         """Connection callback."""
@@ -68,51 +77,57 @@ class HttpDialed(Dialed):
             self._relay.received(self, data)
             return
         events = self.codec.receive_data(data)
-        exchange = self.exchange
-        if exchange is None:
+        attempt = self.attempt
+        if attempt is None:
             self.abort()  # bytes with no request in flight: this connection is out of step
             return
         if len(events) == 3 and events[2] is END and type(events[0]) is ResponseHead and type(events[1]) is bytes:
-            exchange.response(events[0], events[1], ended=True)  # a whole response in one read, as most are
+            attempt.response(events[0], events[1], ended=True)  # a whole response in one read, as most are
         else:
-            self._deliver(exchange, events)
+            self._deliver(attempt, events)
 
-    def _deliver(self, exchange: Exchange, events: Sequence[ResponseEvent]) -> None:
+    def _deliver(self, attempt: Attempt, events: Sequence[ResponseEvent]) -> None:
         head: ResponseHead | None = None
         pieces: list[bytes] = []
-        ended = malformed = False
+        trailers: Headers = ()
+        ended = False
+        rejected: Rejected | None = None
         for event in events:
             if type(event) is bytes:
                 pieces.append(event)
             elif type(event) is ResponseHead:
                 if event.informational:
-                    exchange.informational(event)
+                    attempt.informational(event)
                 else:
                     head = event
             elif event is END:
                 ended = True
+            elif type(event) is Trailers:
+                trailers = event.headers
             elif type(event) is Rejected:
-                malformed = True
+                rejected = event
         if head is not None or pieces or ended:
             body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-            exchange.response(head, body, ended=ended)
-        if malformed and self.exchange is exchange and not exchange.done:
-            exchange.channel_lost(malformed=True)
+            attempt.response(head, body, ended=ended, trailers=trailers)
+        # Whoever had this attempt may have handed the channel over, or left it.
+        now = self.attempt
+        if rejected is not None and now is not None and not now.done:
+            now.channel_lost("protocol", rejected.reason)
 
     def eof_received(self) -> None:
         """Connection callback."""
         if self._relay is not None:
             self._relay.ended(self)
             return
-        exchange = self.exchange
-        if exchange is None:
+        attempt = self.attempt
+        if attempt is None:
             self.close()
             return
         events = self.codec.receive_eof()
         if events and events[0] is END:
-            exchange.response(None, b"", ended=True)
+            attempt.response(None, b"", ended=True)
         else:
-            exchange.channel_lost()
+            attempt.channel_lost(self._reset_kind, "the connection was closed")
         if not self.closed:
             self.close()
 
@@ -120,23 +135,29 @@ class HttpDialed(Dialed):
         """Connection callback."""
         if self._relay is not None:
             self._relay.drained(self)
-        elif self.exchange is not None:
-            self.exchange.channel_drained()
+        elif self.attempt is not None:
+            self.attempt.channel_drained()
 
     def deadline_passed(self) -> None:
-        """Connection callback: connecting took too long, or it has been idle for long enough."""
+        """Connection callback: connecting took too long, a try does, or it has been idle for long enough."""
         if not self.established:
             super().deadline_passed()
-        elif self.exchange is None:
+        elif self.attempt is None:
             self.close()
+        else:
+            self.attempt.try_timed_out()
+
+    @property
+    def _reset_kind(self) -> FailureKind:
+        return "reset-before-request" if self._nothing_sent else "reset"
 
     def broken(self, reason: str) -> None:
         """Dialed callback."""
         if self._relay is not None:
             self._relay.broke(self)
-        elif self.exchange is not None:
+        elif self.attempt is not None:
             self.endpoint.target.metrics.resets += 1
-            self.exchange.channel_lost()
+            self.attempt.channel_lost(self._reset_kind, reason)
 
     def finished(self) -> None:
         """Connection callback."""
@@ -144,4 +165,4 @@ class HttpDialed(Dialed):
 
     def released(self) -> None:
         """Connection callback."""
-        self._relay = self.exchange = None
+        self._relay = self.attempt = None

@@ -11,12 +11,21 @@ if TYPE_CHECKING:
     from agent.dataplane.endpoint import Endpoint
 
 
-def dial_socket(ip_address: str) -> socket.socket:
-    """A non-blocking TCP socket of the address's family, without delay. Raises OSError when there are no more."""
+CONNECT_TIMED_OUT = "connection timeout"
+
+
+def dial_socket(ip_address: str, keepalive_s: float = 0.0) -> socket.socket:
+    """A non-blocking TCP socket of the address's family, without delay; `keepalive_s`: probed after so much silence.
+
+    Raises OSError when there are no more.
+    """
     family = socket.AF_INET6 if ":" in ip_address else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.settimeout(0)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if keepalive_s:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(keepalive_s)))
     return sock
 
 
@@ -63,7 +72,7 @@ class Dialed(Connection):
 
     def deadline_passed(self) -> None:
         """Connection callback: only connecting has a deadline here."""
-        self._lose("connection timeout")
+        self._lose(CONNECT_TIMED_OUT)
 
     def lost(self, reason: str) -> None:
         """Connection callback."""
@@ -71,12 +80,12 @@ class Dialed(Connection):
             self.broken(reason)
         else:
             self.endpoint.connect_failed(reason)
-            self.failed()
+            self.failed(reason)
 
     def ready_to_use(self) -> None:
         """Connected and verified."""
 
-    def failed(self) -> None:
+    def failed(self, reason: str) -> None:
         """It could not be connected or verified."""
 
     def broken(self, reason: str) -> None:

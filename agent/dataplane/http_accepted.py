@@ -8,15 +8,13 @@ from typing import Protocol
 from agent.dataplane.connection import Connection
 from agent.dataplane.metrics import ListenerMetrics
 from agent.dataplane.reactor import Reactor
-from mesh.http.h1 import END, Rejected, RequestEvent, ServerConnection
+from mesh.http.h1 import END, Rejected, RequestEvent, ServerConnection, Trailers
 from mesh.http.head import RequestHead
 from mesh.proxy.exchange import Exchange
 from mesh.proxy.relay import Relay
-from mesh.proxy.sidecar_config import IDLE_TIMEOUT_S
 
 HEAD_TIMEOUT_S = 10.0  # from the first byte of a request's head to its last
 KEEP_ALIVE_TIMEOUT_S = 3600.0  # Envoy's connection idle timeout
-RELAY_TIMEOUT_S = 3600.0  # no byte either way after an upgrade
 HELD_BYTES_MAX = 64 * 1024  # sent behind an upgrade request, before the answer to it
 
 _TIMED_OUT = Rejected(408, "the request took too long to arrive")
@@ -27,7 +25,6 @@ class Service(Protocol):
 
     metrics: ListenerMetrics
     draining: bool
-    request_timeout_s: float
 
     def begin(self, accepted: "HttpAccepted", request: RequestHead, body: bytes, *, ended: bool) -> Exchange:
         """Starts an exchange; it may be over already when this returns."""
@@ -80,7 +77,6 @@ class HttpAccepted(Connection):
     def data_received(self, data: bytes) -> None:
         """Connection callback."""
         if self._relay is not None:
-            self.deadline = self.reactor.now + RELAY_TIMEOUT_S
             self._relay.received(self, data)
             return
         events = self.codec.receive_data(data)
@@ -128,6 +124,8 @@ class HttpAccepted(Connection):
                     self.exchange.request_body(event)
                 elif event is END:
                     self.exchange.request_end()
+                elif type(event) is Trailers:
+                    self.exchange.trailers_received(event.headers)
             position += 1
         self._processing = False
         if position < count and not self.closed and not self._close_when_flushed:
@@ -181,15 +179,14 @@ class HttpAccepted(Connection):
         """Exchange callback."""
         self._relay = relay
         self.resume_reading()
-        self.set_deadline(self.reactor.now + RELAY_TIMEOUT_S)
+        self.progress()
+        self.set_deadline(self.deadline)
 
     def progress(self) -> None:
-        """Exchange callback."""
-        self.deadline = self.reactor.now + IDLE_TIMEOUT_S
-
-    def request_complete(self) -> None:
-        """Exchange callback."""
-        self.set_deadline(self.reactor.now + (self.service.request_timeout_s or IDLE_TIMEOUT_S))
+        """Exchange and Relay callback."""
+        exchange = self.exchange
+        if exchange is not None:
+            self.deadline = min(self.reactor.now + exchange.idle_s, exchange.request_deadline)
 
     def eof_received(self) -> None:
         """Connection callback. A client that ends its direction has gone, as Envoy sees it."""
@@ -212,7 +209,7 @@ class HttpAccepted(Connection):
         if self._relay is not None:
             self.abort()
         elif self.exchange is not None:
-            self.exchange.timed_out()
+            self.exchange.deadline_passed()
         elif self.codec.mid_message:
             self._refuse(_TIMED_OUT)
         else:

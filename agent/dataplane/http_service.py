@@ -1,6 +1,7 @@
 """What the HTTP listeners of either direction share: starting exchanges, and keeping their accounts."""
 
 import bisect
+import time
 
 from agent.dataplane.access_log import AccessLog
 from agent.dataplane.http_accepted import HttpAccepted
@@ -10,7 +11,8 @@ from agent.dataplane.target import Target
 from agent.dataplane.tracing import Tracer
 from mesh.http.head import Headers, RequestHead
 from mesh.proxy.client_cert import without
-from mesh.proxy.exchange import DENIED, Exchange
+from mesh.proxy.exchange import Exchange
+from mesh.proxy.replies import DENIED
 from mesh.proxy.sidecar_config import IDLE_TIMEOUT_S
 from mesh.proxy.trace_context import TraceContext
 
@@ -23,15 +25,13 @@ class HttpService:
         self.metrics = metrics
         self.target = target
         self.tracer = tracer
+        self.rng = target.rng
         self.name = metrics.labels.get("upstream", "public_listener")
         self.draining = False
         self.inbound = False
         self.forwards_client_cert = False
         self.request_timeout_s = 0.0
         self.access_log: AccessLog | None = None
-        self.acquire = target.acquire  # for exchanges: straight to the target, nothing is added here
-        self.release = target.release
-        self.give_up = target.give_up
         self.accepted: set[HttpAccepted] = set()
 
     # ---- for accepted connections
@@ -39,16 +39,18 @@ class HttpService:
     def begin(self, accepted: HttpAccepted, request: RequestHead, body: bytes, *, ended: bool) -> Exchange:
         """Authorises and starts an exchange."""
         # The batch's time: what waits for its turn in this process has been waiting since then.
-        exchange = Exchange(accepted, self, request, self.reactor.now)
+        now = self.reactor.now
+        exchange = Exchange(accepted, self, request, now)
+        exchange.target = target = self.target
+        exchange.retry = target.retry
         accepted.exchange = exchange
         self.metrics.requests += 1
-        target_metrics = self.target.metrics
-        target_metrics.requests += 1
-        target_metrics.active += 1
-        if ended and self.request_timeout_s:
-            accepted.set_deadline(self.reactor.now + self.request_timeout_s)
-        else:
-            accepted.set_deadline(self.reactor.now + IDLE_TIMEOUT_S)
+        timeout_s = self.request_timeout_s
+        if timeout_s:
+            exchange.request_timeout_s = timeout_s
+            if ended:
+                exchange.request_deadline = now + timeout_s
+        accepted.set_deadline(min(now + IDLE_TIMEOUT_S, exchange.request_deadline))
         if self.draining:
             accepted.codec.must_close = True
         if self.inbound and not self.allowed(accepted, exchange):
@@ -98,6 +100,10 @@ class HttpService:
 
     # ---- for exchanges
 
+    def unix_time(self) -> float:
+        """Exchange callback."""
+        return time.time()
+
     def finished(self, exchange: Exchange) -> None:
         """Exchange callback: the accounts."""
         ended_at = self.reactor.time()
@@ -109,9 +115,9 @@ class HttpService:
         metrics.latency.observe(latency_ms, bucket)
         metrics.bytes_received += exchange.bytes_received
         metrics.bytes_sent += exchange.bytes_sent
-        target_metrics = self.target.metrics
-        target_metrics.active -= 1
-        if exchange.attempts:
+        target = exchange.target
+        if exchange.attempts and isinstance(target, Target):
+            target_metrics = target.metrics
             target_metrics.classes[kind] += 1
             target_metrics.latency.observe(latency_ms, bucket)
         if self.access_log is not None:

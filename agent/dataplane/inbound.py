@@ -22,14 +22,16 @@ from mesh.http.head import Headers
 from mesh.proxy.client_cert import Edit, compile_edit, without
 from mesh.proxy.exchange import Exchange
 from mesh.proxy.pool import LOCAL_IDLE_TIMEOUT_S
-from mesh.proxy.sidecar_config import EndpointConfig, InboundListener, LimitsConfig
+from mesh.proxy.sidecar_config import EndpointConfig, InboundListener, LimitsConfig, TargetConfig
 
 _UNLIMITED = LimitsConfig(connections_max=2**31, pending_requests_max=2**31, requests_max=2**31)
 _EXPIRED = Verdict(allowed=False, rule="expired certificate")
 
 
-def _local_endpoint(listener: InboundListener) -> tuple[EndpointConfig, ...]:
-    return (EndpointConfig("local", listener.local_address, listener.local_port),)
+def _local_target(listener: InboundListener) -> TargetConfig:
+    endpoint = EndpointConfig("local", listener.local_address, listener.local_port)
+    timeout_s = listener.connect_timeout_s
+    return TargetConfig("local_app", (), (endpoint,), connect_timeout_s=timeout_s, limits=_UNLIMITED, plain=True)
 
 
 class InboundHttp(HttpService):
@@ -42,7 +44,7 @@ class InboundHttp(HttpService):
         self._gate = Gate(reactor, metrics, http=True)
         self._edit: Edit | None = None
         self.target.transport = PlainTransport()
-        self.target.idle_timeout_s = LOCAL_IDLE_TIMEOUT_S
+        self.target.set_idle_timeout(LOCAL_IDLE_TIMEOUT_S)
 
     def update(self, listener: InboundListener, identity: SidecarIdentity) -> None:
         """New tables; open connections keep the identity that they were verified with, and requests under way their
@@ -52,7 +54,7 @@ class InboundHttp(HttpService):
         self.forwards_client_cert = self._edit is not None
         self.connections_max = listener.connections_max
         self.request_timeout_s = listener.request_timeout_s
-        self.target.update(_local_endpoint(listener), connect_timeout_s=listener.connect_timeout_s, limits=_UNLIMITED)
+        self.target.update(_local_target(listener))
         if self._gate.update(listener, identity):
             for accepted in tuple(self.accepted):
                 exchange = accepted.exchange
@@ -142,7 +144,7 @@ class InboundTcp:
     def update(self, listener: InboundListener, identity: SidecarIdentity) -> None:
         """New tables; what they no longer allow is closed."""
         self.connections_max = listener.connections_max
-        self.target.update(_local_endpoint(listener), connect_timeout_s=listener.connect_timeout_s, limits=_UNLIMITED)
+        self.target.update(_local_target(listener))
         if self._gate.update(listener, identity):
             for accepted in tuple(self.accepted):
                 known = accepted.source or accepted.tls is None  # else it is still shaking hands

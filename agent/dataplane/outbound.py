@@ -31,11 +31,7 @@ def _update_target(
             expected_spiffe_ids=config.expected_spiffe_ids,
             identify=identity.server_spiffe_id,
         )
-    target.update(
-        config.endpoints,
-        connect_timeout_s=config.connect_timeout_s,
-        limits=config.limits,
-    )
+    target.update(config)
 
 
 class OutboundHttp(HttpService):

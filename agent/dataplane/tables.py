@@ -253,7 +253,7 @@ class Tables:
         for service in self._services.values():
             protocol = "http" if isinstance(service, InboundHttp | OutboundHttp) else "tcp"
             result.extend(service.metrics.samples(protocol))
-            result.extend(service.target.metrics.samples())
+            result.extend(service.target.samples())
             if isinstance(service, InboundHttp | InboundTcp):
                 result.extend(service.policy_samples())
         result.append(("mesh_access_log_dropped", {}, self._logs.dropped))

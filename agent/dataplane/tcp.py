@@ -58,9 +58,9 @@ class TcpAccepted(Connection):
 
     def _dial(self) -> None:
         target = self._target
-        endpoint = target.balancer.choose(self._tried) if self._attempts < CONNECT_ATTEMPTS_MAX else None
-        if endpoint is not None and endpoint.active >= target.limits.connections_max:
-            target.metrics.overflow += 1
+        now = self.reactor.now
+        endpoint = target.balancer.choose(now, None, self._tried) if self._attempts < CONNECT_ATTEMPTS_MAX else None
+        if endpoint is not None and not target.breaker.take_connection(endpoint.active):
             endpoint = None
         if endpoint is None:
             self.close()
@@ -68,9 +68,10 @@ class TcpAccepted(Connection):
         self._attempts += 1
         self._tried += (endpoint,)
         try:
-            sock = dial_socket(endpoint.ip_address())
+            sock = dial_socket(endpoint.ip_address(), target.pool_policy.keepalive_s)
         except OSError as error:
             endpoint.connect_failed(error.strerror or str(error))
+            target.breaker.connections -= 1
             self.reactor.call_soon(self.far_failed)
             return
         target.metrics.connections += 1
@@ -95,15 +96,13 @@ class TcpAccepted(Connection):
 
     def data_received(self, data: bytes) -> None:
         """Connection callback."""
-        self.deadline = self.reactor.now + IDLE_TIMEOUT_S
         self.service.metrics.bytes_received += len(data)
         assert self._relay is not None
         self._relay.received(self, data)
 
-    def progress(self, count: int) -> None:
-        """Bytes came back."""
+    def progress(self) -> None:
+        """Relay callback."""
         self.deadline = self.reactor.now + IDLE_TIMEOUT_S
-        self.service.metrics.bytes_sent += count
 
     def eof_received(self) -> None:
         """Connection callback."""
@@ -151,7 +150,7 @@ class TcpDialed(Dialed):
         """Dialed callback."""
         self._near.far_ready(self)
 
-    def failed(self) -> None:
+    def failed(self, reason: str) -> None:
         """Dialed callback."""
         self._near.far_failed()
 
@@ -163,7 +162,7 @@ class TcpDialed(Dialed):
     def data_received(self, data: bytes) -> None:
         """Connection callback."""
         assert self.relay is not None
-        self._near.progress(len(data))
+        self._near.service.metrics.bytes_sent += len(data)
         self.relay.received(self, data)
 
     def eof_received(self) -> None:
@@ -179,6 +178,7 @@ class TcpDialed(Dialed):
     def finished(self) -> None:
         """Connection callback."""
         self.endpoint.active -= 1
+        self.endpoint.target.breaker.connections -= 1
         self.endpoint.target.metrics.connections_active -= 1
 
     def released(self) -> None:

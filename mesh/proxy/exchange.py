@@ -1,6 +1,6 @@
 """One request and its response, from a caller's connection to a channel and back, streaming both ways.
 
-Pure: connections are seen through `Caller` and `Channel`, endpoints through `Target`, the accounts through `Dispatcher`.
+Pure: connections are seen through `Caller` and `Channel`, endpoints through `Target`, accounts through `Dispatcher`.
 Whatever order things happen in (an early response, a channel that dies, a caller that leaves), an exchange ends exactly
 once, with `Dispatcher.finished`, and never holds more of a body than its retry policy's buffer beside what one read
 returned. What a first try that fails leads to is in `further_tries`; copies of the request are in `mirror`.
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 SAFE_RULES = compile_retry(SAFE_RETRIES)  # of a target without a policy
 
 _NEVER = float("inf")
+_NOWHERE = ("route_not_found", "direct_response", "cluster_not_found")  # details of what was meant for no target
+RELAY_IDLE_TIMEOUT_S = 3600.0  # no byte either way after an upgrade, where the route says nothing
 
 _FAILED: dict[FailureKind, Reply] = {
     "connect": CONNECT_FAILED,
@@ -259,7 +261,7 @@ class Exchange:
     @property
     def target_name(self) -> str:
         """Where it went; empty: nowhere."""
-        return self.target.name if hasattr(self, "target") else ""
+        return "" if self._details in _NOWHERE else self.target.name
 
     @property
     def route_name(self) -> str:
@@ -334,20 +336,25 @@ class Exchange:
             self._held = True
             self.caller.pause_reading()
 
-    def request_end(self, trailers: Headers = ()) -> None:
+    def trailers_received(self, trailers: Headers) -> None:
+        """Behind the request's body; its end follows."""
+        self._request_trailers = trailers
+        for mirror in self.mirrors:
+            mirror.trailers_received(trailers)
+
+    def request_end(self) -> None:
         """The request is complete."""
         now = self.dispatcher.reactor.now
         self.request_ended = True
         self.request_ended_at = now
-        self._request_trailers = trailers
         if self.request_timeout_s:
             self.request_deadline = now + self.request_timeout_s
         self.caller.set_deadline(min(self.request_deadline, now + self.idle_s))
         for mirror in self.mirrors:
-            mirror.request_end(trailers)
+            mirror.request_end()
         channel = self.channel
         if channel is not None:
-            data = channel.codec.end(trailers)
+            data = channel.codec.end(self._request_trailers)
             if data:
                 channel.write(data)
             self.start_try_timeout(channel)
@@ -422,7 +429,6 @@ class Exchange:
 
     def connect_failed(self, kind: FailureKind, reason: str) -> None:
         """No connection to the endpoint: another try, or the caller hears of it."""
-        self._waiting = False
         self.attempts += 1
         self._try_failed(kind, reason)
 
@@ -660,6 +666,9 @@ class Exchange:
         caller, channel = self.caller, self.channel
         assert channel is not None
         caller.write(caller.codec.send_response(head, self.request))
+        self.request_deadline = _NEVER
+        if self.idle_s == IDLE_TIMEOUT_S:
+            self.idle_s = RELAY_IDLE_TIMEOUT_S
         relay = Relay(caller, channel)
         caller.relay_begins(relay)
         channel.relay_begins(relay)

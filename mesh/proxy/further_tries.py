@@ -244,7 +244,6 @@ class HedgedTry:
 
     def connect_failed(self, kind: FailureKind, reason: str) -> None:
         """Attempt callback."""
-        self._waiting = False
         self._exchange.attempts += 1
         self._fail(kind, reason)
 

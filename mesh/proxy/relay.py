@@ -16,6 +16,13 @@ class Pipe(Protocol):
     def abort(self) -> None: ...
 
 
+class Near(Pipe, Protocol):
+    """The side that connected to us: it watches over idleness."""
+
+    def progress(self) -> None:
+        """Bytes went either way."""
+
+
 class Relay:
     """Joins two pipes; each tells it what happened on its side. Buffers nothing itself: a blocked side stops the
     other's reading.
@@ -23,7 +30,7 @@ class Relay:
 
     __slots__ = ("_ended", "bytes_in", "bytes_out", "near", "far")  # noqa: RUF023 - in the order of the traffic
 
-    def __init__(self, near: Pipe, far: Pipe) -> None:
+    def __init__(self, near: Near, far: Pipe) -> None:
         self.near = near  # the side that connected to us
         self.far = far
         self.bytes_in = 0  # from near
@@ -32,6 +39,7 @@ class Relay:
 
     def received(self, pipe: Pipe, data: bytes) -> None:
         """Bytes arrived on a side."""
+        self.near.progress()
         if pipe is self.near:
             self.bytes_in += len(data)
             other = self.far

@@ -139,8 +139,21 @@ async def test_an_application_that_does_not_answer_is_504(autojump_clock, world_
     assert (await client.receive_some()).endswith(b"ok")
 
 
-async def test_a_response_may_take_longer_than_the_request_timeout_once_it_has_begun(autojump_clock, world_of):
+async def test_a_response_that_is_not_complete_in_time_is_cut_off_with_a_reset(autojump_clock, world_of):
     world = world_of(target={"request_timeout_s": 7.0})
+    client = await world.connect()
+    began = trio.current_time()
+    await client.send_all(GET)
+    app = await world.app()
+    await app.send_all(OK[:-2])
+    assert (await client.receive_some()).startswith(b"HTTP/1.1 200 ")
+    rest, _ended = await until_end(client)
+    assert rest == b"<reset>"
+    assert 7.0 <= trio.current_time() - began <= 7.0 + SLACK_S
+
+
+async def test_without_a_request_timeout_only_silence_ends_a_response(autojump_clock, world_of):
+    world = world_of(target={"request_timeout_s": 0.0})
     client = await world.connect()
     await client.send_all(GET)
     app = await world.app()

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from mesh.http.h1 import ClientConnection, ServerConnection
 from mesh.http.head import RequestHead, ResponseHead
-from mesh.proxy.exchange import NO_HEALTHY_UPSTREAM, Exchange
+from mesh.proxy.exchange import Exchange
 from mesh.proxy.relay import Relay
+from mesh.proxy.replies import NO_HEALTHY_UPSTREAM, TIMED_OUT
 from mesh.proxy.retry import REPLAY_BYTES_MAX
 
 
@@ -49,8 +50,8 @@ class FakePipe:
     def progress(self):
         pass
 
-    def request_complete(self):
-        pass
+    def set_deadline(self, deadline):
+        self.deadline = deadline
 
 
 class FakeCaller(FakePipe):
@@ -66,25 +67,93 @@ class FakeChannel(FakePipe):
     def __init__(self, *, reused=False):
         super().__init__(ClientConnection())
         self.reused = reused
+        self.deadline = float("inf")
+        self.attempt = None
+
+    def handed_to(self, attempt):
+        self.attempt = attempt
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self):
+        self.now = 100.0
+        self._calls = []
+
+    def call_at(self, deadline, callback):
+        timer = Timer(self._calls, deadline, callback)
+        self._calls.append(timer)
+        return timer
+
+    def advance(self, seconds):
+        until = self.now + seconds
+        while due := [call for call in self._calls if call.deadline <= until]:
+            call = min(due, key=lambda call: call.deadline)
+            self._calls.remove(call)
+            self.now = max(self.now, call.deadline)
+            call.callback()
+        self.now = until
+
+    @property
+    def pending(self):
+        return len(self._calls)
+
+
+class Timer:
+    def __init__(self, calls, deadline, callback):
+        self._calls, self.deadline, self.callback = calls, deadline, callback
+
+    def cancel(self):
+        if self in self._calls:
+            self._calls.remove(self)
 
 
 class FakeDispatcher:
-    """Hands out channels when told to."""
+    """Target and dispatcher in one: hands out channels when told to."""
+
+    name = "api"
+    watched = False
 
     def __init__(self):
-        self.asked = 0
+        self.reactor = Clock()
+        self.rng = random.Random(0)
+        self.asked = []
         self.released = []
         self.given_up = 0
         self.finishes = 0
+        self.retries_max = 10
+        self.retries = 0
+        self.endpoints = 0
 
-    def acquire(self, exchange):
-        self.asked += 1
+    def unix_time(self):
+        return 1_000_000.0
 
-    def release(self, exchange, channel, *, reusable):
+    def acquire(self, attempt, exchange):
+        self.endpoints += 1
+        attempt.endpoint = f"endpoint {self.endpoints}"
+        self.asked.append(attempt)
+
+    def release(self, attempt, channel, *, reusable):
+        attempt.endpoint = None
         self.released.append((channel, reusable))
 
-    def give_up(self, exchange):
+    def give_up(self, attempt):
+        attempt.endpoint = None
         self.given_up += 1
+
+    def take_retry(self):
+        if self.retries >= self.retries_max:
+            return False
+        self.retries += 1
+        return True
+
+    def retry_ended(self):
+        self.retries -= 1
+        assert self.retries >= 0
+
+    def retrying(self, *, hedged):
+        pass
 
     def finished(self, exchange):
         self.finishes += 1
@@ -92,7 +161,8 @@ class FakeDispatcher:
 
 def make(method=b"GET", **fields):
     caller, dispatcher = FakeCaller(), FakeDispatcher()
-    exchange = Exchange(caller, dispatcher, RequestHead(method, b"/", None, b"api", (), **fields), 0.0)
+    exchange = Exchange(caller, dispatcher, RequestHead(method, b"/", None, b"api", (), **fields), 100.0)
+    exchange.target = dispatcher
     return exchange, caller, dispatcher
 
 
@@ -148,7 +218,7 @@ def test_a_reused_channel_that_dies_early_is_replaced_once(method, retried):
     first, second = FakeChannel(reused=True), FakeChannel(reused=True)
     exchange.channel_ready(first)
     exchange.channel_lost()
-    assert dispatcher.asked == 1 + retried
+    assert len(dispatcher.asked) == 1 + retried
     if retried:
         exchange.channel_ready(second)
         assert second.sent == first.sent
@@ -164,7 +234,7 @@ def test_a_body_too_large_to_keep_is_not_replayed():
     exchange.request_body(b"x" * REPLAY_BYTES_MAX)
     exchange.request_end()
     exchange.channel_lost()
-    assert dispatcher.asked == 1
+    assert len(dispatcher.asked) == 1
     assert caller.sent.startswith(b"HTTP/1.1 503 ")
 
 
@@ -191,7 +261,7 @@ def test_an_early_response_closes_the_caller_and_drops_the_channel():
 def test_timeouts():
     exchange, caller, dispatcher = make()
     exchange.begin(b"", ended=True)
-    exchange.timed_out()
+    exchange.timed_out(TIMED_OUT)
     assert caller.sent.startswith(b"HTTP/1.1 504 ")
     assert caller.sent.endswith(b"upstream request timeout")
     assert (dispatcher.given_up, dispatcher.finishes, exchange.flags) == (1, 1, "UT")
@@ -202,7 +272,8 @@ def test_upgrade_joins_both_sides_with_what_they_already_sent():
     (head, _) = caller.codec.receive_data(
         b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\nearly"
     )
-    exchange = Exchange(caller, dispatcher, head, 0.0)
+    exchange = Exchange(caller, dispatcher, head, 100.0)
+    exchange.target = dispatcher
     exchange.begin(b"", ended=True)
     channel = FakeChannel()
     exchange.channel_ready(channel)
@@ -242,11 +313,11 @@ def test_any_order_of_events_ends_once_and_returns_every_channel(steps, reused, 
         elif step == "finish" and exchange.response_started:
             exchange.response(None, b"", ended=True)
         elif step in ("lost", "malformed") and channel is not None:
-            exchange.channel_lost(malformed=step == "malformed")
+            exchange.channel_lost("protocol" if step == "malformed" else "reset")
         elif step == "gone":
             exchange.caller_gone()
         elif step == "timeout":
-            exchange.timed_out()
+            exchange.timed_out(TIMED_OUT)
         elif step == "fail" and not exchange.response_started:
             exchange.fail(NO_HEALTHY_UPSTREAM)
         elif step == "drained":
