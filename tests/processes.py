@@ -114,23 +114,25 @@ class AgentProcess:
             self._process.kill()
             self._process.wait()
 
-    def worker_pid(self) -> int:
-        """The process that carries this agent's traffic; 0 when there is none."""
-        if not self.data_dir.exists():
-            return 0
-        for path in WorkerDirectory(self.data_dir).sockets():
+    def worker_pids(self) -> list[int]:
+        """The processes that carry this agent's traffic, those that still drain too, the newest first."""
+        found = []
+        for path in WorkerDirectory(self.data_dir).sockets() if self.data_dir.exists() else ():
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
                 try:
                     sock.connect(str(path))
                 except OSError:
                     continue
                 option = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-                return int(_CREDENTIALS.unpack(option)[0])
-        return 0
+                found.append(int(_CREDENTIALS.unpack(option)[0]))
+        return found
 
-    def kill_worker(self) -> None:
-        pid = self.worker_pid()
-        if pid:
+    def worker_pid(self) -> int:
+        """The newest of them; 0 when there is none."""
+        return next(iter(self.worker_pids()), 0)
+
+    def kill_workers(self) -> None:
+        for pid in self.worker_pids():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -256,7 +258,7 @@ class Cluster:
         """Ends every process, workers too."""
         for agent in self.agents:
             agent.kill()
-            agent.kill_worker()
+            agent.kill_workers()
 
 
 @contextmanager

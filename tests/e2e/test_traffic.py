@@ -85,7 +85,7 @@ def _tries(check, *arguments):
 
 def test_a_killed_worker_is_replaced_and_serves_what_the_last_one_did(world):
     before = world.web.worker_pid()
-    world.cluster.clients[0].kill_worker()
+    world.cluster.clients[0].kill_workers()
     wait_until(lambda: world.ask()[0] == 200)
     assert world.web.worker_pid() not in (0, before)
     assert new_stream_works(world)
@@ -150,7 +150,7 @@ def test_with_all_servers_dead_sidecars_serve_on_and_new_connections_too(world, 
     assert new_stream_works(world)
     assert world.web.worker_pid() == worker
     # An agent that does know gives a new worker what the last one had, without the servers.
-    world.cluster.clients[1].kill_worker()
+    world.cluster.clients[1].kill_workers()
     load.wait(200)
     world.wait_instances("c1", "c2")
     wait_until(lambda: _tries(new_stream_works, world))
