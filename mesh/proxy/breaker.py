@@ -5,18 +5,21 @@ Each `take_*` that returned True is paired with one decrement of its count; the 
 attributes, as it may inline `take_request` on its hot path.
 """
 
-from mesh.proxy.retry_budget import Budget, FixedBudget
+from collections.abc import Callable
+
+from mesh.proxy.retry_budget import Budget, FixedBudget, TokenBudget
 from mesh.proxy.sidecar_config import LimitsConfig
 
 
 class Breaker:
     """One per target. `*_overflow` count refusals; `remaining_*` are what is left, never below 0.
 
-    A limit that shrinks under what is under way refuses until enough of it is over.
+    A limit that shrinks under what is under way refuses until enough of it is over. `deposit` is to be called with the
+    time for each original request (not for retries), and None with a budget that does not count them.
     """
 
     __slots__ = (
-        "budget", "connection_overflow", "connections", "connections_max", "pending", "pending_max",
+        "budget", "connection_overflow", "connections", "connections_max", "deposit", "pending", "pending_max",
         "pending_overflow", "requests", "requests_max", "retries", "retry_overflow",
     )  # fmt: skip
 
@@ -36,6 +39,7 @@ class Breaker:
         self.pending_max = limits.pending_requests_max
         self.requests_max = limits.requests_max
         self.budget = FixedBudget(limits.retries_max) if budget is None else budget
+        self.deposit: Callable[[float], None] | None = budget.request_began if isinstance(budget, TokenBudget) else None
 
     def take_request(self) -> bool:
         """Whether a request may be sent now: it counts in `requests` until it is over."""

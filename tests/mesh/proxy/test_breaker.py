@@ -3,7 +3,7 @@
 import pytest
 
 from mesh.proxy.breaker import Breaker
-from mesh.proxy.retry_budget import ConcurrencyBudget
+from mesh.proxy.retry_budget import ConcurrencyBudget, TokenBudget
 from mesh.proxy.sidecar_config import LimitsConfig
 
 
@@ -45,6 +45,18 @@ def test_a_budget_replaces_the_limit_of_retries():
         assert circuit.take_request()
     assert [circuit.take_retry(0.0) for _ in range(3)] == [True, True, False]
     assert circuit.retry_overflow == 2
+
+
+def test_requests_are_told_to_a_budget_only_when_it_counts_them():
+    circuit = Breaker(LimitsConfig(), ConcurrencyBudget(20.0, 3))
+    assert circuit.deposit is None
+    circuit.set_limits(LimitsConfig(), TokenBudget(0.5, 0.0, 10.0, now=0.0))
+    assert not circuit.take_retry(0.0)
+    circuit.deposit(0.0)
+    circuit.deposit(0.0)
+    assert circuit.take_retry(0.0)
+    circuit.set_limits(LimitsConfig())
+    assert circuit.deposit is None
 
 
 def test_defaults_are_envoys():
