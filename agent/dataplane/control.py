@@ -13,10 +13,14 @@ last configuration when its agent goes away.
 | `Adopt(keys)` and sockets | `Ack(version)`: they are used where the next configuration has such a listener |
 | `Handover(offset)` | `HandoverReply(keys, remaining)` and the sockets that it listens on, from the offset on |
 | `Observed(since_s)` | `ObservedReply(listeners)`: who has called its services |
+| `Describe(service)` | `DescribeReply(description)`: what it holds |
+| `Tap(key, filter)` | `TapReply(records, dropped)`: requests since the last time; the first one begins to look |
+| `EndTap(key)` | `Ack(version)` |
 
 Versions: `Pong.protocol` says which requests a worker knows, and decides what an agent asks of it. Fields are only ever
 added, with defaults; a message that the other side does not know is never sent to it. 1: Configure, Ping, Stats, Drain.
 2: Adopt, Handover, and Drain's `idle_s` and `outbound_s`. 3: Observed.
+4: Describe, Tap, EndTap.
 """
 
 import struct
@@ -26,11 +30,13 @@ import trio
 
 from mesh.authz.observed import ObservedListener
 from mesh.errors import ProtocolError, Unreachable
+from mesh.proxy.description import Description
 from mesh.proxy.resources import ListenerKey
 from mesh.proxy.sidecar_config import WorkerConfig
+from mesh.proxy.tap import TapFilter, TapRecord
 from mesh.wire import WIRE_BYTES_MAX, Codec
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 _LENGTH = struct.Struct(">I")
 
@@ -80,6 +86,25 @@ class Observed(msgspec.Struct, frozen=True, tag=True):
     since_s: float
 
 
+class Describe(msgspec.Struct, frozen=True, tag=True):
+    """What do you hold for the sidecars of this service, or with this proxy ID? Empty: for all."""
+
+    service: str = ""
+
+
+class Tap(msgspec.Struct, frozen=True, tag=True):
+    """Which requests that the filter fits have ended since I asked with this key? Not asking for a while ends it."""
+
+    key: str
+    wanted: TapFilter
+
+
+class EndTap(msgspec.Struct, frozen=True, tag=True):
+    """I look no more."""
+
+    key: str
+
+
 class Ack(msgspec.Struct, frozen=True, tag=True):
     """The configuration of this version is in force."""
 
@@ -124,8 +149,21 @@ class ObservedReply(msgspec.Struct, frozen=True, tag=True):
     listeners: tuple[ObservedListener, ...]
 
 
-Request = Configure | Ping | Stats | Drain | Adopt | Handover | Observed
-Reply = Ack | Nack | Pong | StatsReply | HandoverReply | ObservedReply
+class DescribeReply(msgspec.Struct, frozen=True, tag=True):
+    """What the worker holds."""
+
+    description: Description
+
+
+class TapReply(msgspec.Struct, frozen=True, tag=True):
+    """In the order in which they ended. `dropped` counts, since the tap began, those that there was no room for."""
+
+    records: tuple[TapRecord, ...]
+    dropped: int
+
+
+Request = Configure | Ping | Stats | Drain | Adopt | Handover | Observed | Describe | Tap | EndTap
+Reply = Ack | Nack | Pong | StatsReply | HandoverReply | ObservedReply | DescribeReply | TapReply
 
 REQUESTS: Codec[Request] = Codec(Request)
 REPLIES: Codec[Reply] = Codec(Reply)

@@ -7,6 +7,7 @@ from agent.dataplane.access_log import AccessLog
 from agent.dataplane.http_accepted import HttpAccepted
 from agent.dataplane.metrics import LATENCY_BOUNDS_MS, ListenerMetrics
 from agent.dataplane.reactor import Reactor
+from agent.dataplane.taps import Watcher
 from agent.dataplane.target import Target
 from agent.dataplane.tracing import Tracer
 from mesh.http.head import Headers, RequestHead
@@ -32,6 +33,8 @@ class HttpService:
         self.forwards_client_cert = False
         self.request_timeout_s = 0.0
         self.access_log: AccessLog | None = None
+        self.tap: Watcher | None = None
+        self.service_name = metrics.labels.get("local_cluster", "")
         self.accepted: set[HttpAccepted] = set()
 
     # ---- for accepted connections
@@ -122,9 +125,12 @@ class HttpService:
             target_metrics.latency.observe(latency_ms, bucket)
         if self.access_log is not None:
             self.access_log.add(exchange, ended_at)
+        if self.tap is not None:
+            self.tap(exchange, ended_at)
         if isinstance(exchange.context, TraceContext):
-            service = self.metrics.labels.get("local_cluster", "")
-            self.tracer.finish(exchange, exchange.context, ended_at, service=service, inbound=self.inbound)
+            self.tracer.finish(
+                exchange, exchange.context, ended_at, service=self.service_name, inbound=self.inbound
+            )
 
     def drain(self, *, idle_s: float = 0.0) -> None:
         """Requests under way finish; idle connections close, or get `idle_s` for one more request, their last."""

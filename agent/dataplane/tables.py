@@ -1,11 +1,14 @@
 """What a worker serves at the moment, and the way from one configuration to the next: all of it, or none."""
 
+import os
 import random
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from agent.dataplane.access_log import AccessLogs, surroundings
+from agent.dataplane.describe import Served, describe
+from agent.dataplane.http_service import HttpService
 from agent.dataplane.identity import SidecarIdentity
 from agent.dataplane.inbound import InboundHttp, InboundTcp
 from agent.dataplane.listener import Listener, ReservedDescriptor
@@ -13,11 +16,13 @@ from agent.dataplane.metrics import ListenerMetrics, Sample, TargetMetrics
 from agent.dataplane.names import Names
 from agent.dataplane.outbound import OutboundHttp, OutboundTcp
 from agent.dataplane.reactor import Reactor
+from agent.dataplane.taps import Taps
 from agent.dataplane.target import Target
 from agent.dataplane.tracing import Tracer
 from mesh.authz.observed import ObservedListener
 from mesh.errors import ConfigError
-from mesh.proxy.resources import ListenerKey, ServedListener, changes
+from mesh.proxy.description import Description, Refusal
+from mesh.proxy.resources import ListenerKey, ServedListener, changes, listeners
 from mesh.proxy.sidecar_config import InboundListener, SidecarConfig, WorkerConfig, check
 from mesh.proxy.trace_context import TraceForm
 
@@ -84,6 +89,7 @@ class Tables:
         self._tracing: tuple[str, float, TraceForm] = "", 0.0, "w3c"
         self._default_tracing_endpoint = tracing_endpoint
         self._tracer = Tracer(rng)
+        self.taps = Taps(reactor.time, self._http_services)
 
     # ---- configuration
 
@@ -168,6 +174,12 @@ class Tables:
             self._drained.append(service)
             self._reactor.call_at(self._reactor.now + DEPARTED_TIMEOUT_S, partial(_abort_all, service))
         self._drained = [service for service in self._drained if service.accepted]
+        self.taps.attach()
+
+    def _http_services(self) -> Iterator[HttpService]:
+        for service in (*self._services.values(), *self._drained):
+            if isinstance(service, HttpService):
+                yield service
 
     def _new_service(self, item: ServedListener) -> Service:
         metrics = ListenerMetrics(_listener_labels(item))
@@ -234,6 +246,16 @@ class Tables:
         self._logs.close()
         self._tracer.shutdown(wait_s=SPANS_TIMEOUT_S)
 
+    def describe(self, service: str, refused: Refusal | None) -> Description:
+        """What is held for the sidecars of a service, or with that proxy ID; for all when it is empty."""
+        served = (
+            Served(item, held.metrics, _targets(held))
+            for item in listeners(self.config)
+            if (held := self._services.get(item.service_key)) is not None
+        )
+        version, now = self.config.version, self._reactor.time()
+        return describe(served, service=service, pid=os.getpid(), version=version, refused=refused, now=now)
+
     def flush_logs(self) -> None:
         """Writes collected access log lines."""
         self._logs.flush()
@@ -258,6 +280,10 @@ class Tables:
                 result.extend(service.policy_samples())
         result.append(("mesh_access_log_dropped", {}, self._logs.dropped))
         return result
+
+
+def _targets(service: Service) -> tuple[Target, ...]:
+    return (service.target,)
 
 
 def _is_inbound(service: Service) -> bool:

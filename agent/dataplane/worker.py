@@ -14,6 +14,7 @@ import signal
 import socket
 import stat
 import sys
+import time
 from pathlib import Path
 
 import trio
@@ -24,7 +25,10 @@ from agent.dataplane.control import (
     Ack,
     Adopt,
     Configure,
+    Describe,
+    DescribeReply,
     Drain,
+    EndTap,
     FrameReader,
     Handover,
     HandoverReply,
@@ -36,6 +40,8 @@ from agent.dataplane.control import (
     Reply,
     Stats,
     StatsReply,
+    Tap,
+    TapReply,
     frame,
 )
 from agent.dataplane.descriptors import SOCKETS_PER_FRAME_MAX, DescriptorStream
@@ -43,8 +49,10 @@ from agent.dataplane.metrics import Sample, exposition, sample_name
 from agent.dataplane.reactor import Reactor
 from agent.dataplane.tables import Tables
 from agent.version import VERSION
-from mesh.errors import ConfigError, MeshError
+from mesh.errors import ConfigError, LimitExceeded, MeshError
+from mesh.proxy.description import Refusal
 from mesh.proxy.resources import ListenerKey
+from mesh.proxy.sidecar_config import WorkerConfig
 
 _LOG = logging.getLogger("mesh.dataplane")
 
@@ -72,6 +80,7 @@ class Worker:
         self._current: trio.CancelScope | None = None  # the connection of the agent that counts
         self._draining = False
         self._frozen_at = float("-inf")
+        self._refused: Refusal | None = None  # the last configuration that was
         self._drain = Drain(DRAIN_TIMEOUT_S)
         self._drain_asked = trio.Event()
         self._drain_changed = trio.Event()
@@ -141,6 +150,7 @@ class Worker:
         while True:
             await trio.sleep(LOG_FLUSH_INTERVAL_S)
             self._tables.flush_logs()
+            self._tables.taps.expire()
 
     async def _watch_agent(self) -> None:
         self._agent_lost_at = trio.current_time()
@@ -214,23 +224,30 @@ class Worker:
         remaining = max(0, len(listening) - offset - len(given))
         return HandoverReply(tuple(key for key, _ in given), remaining), tuple(sock for _, sock in given)
 
-    def _answer(self, request: Configure | Ping | Stats | Observed | Drain) -> Reply:
+    def _configure(self, config: WorkerConfig) -> Ack | Nack:
+        if self._draining:
+            return Nack(config.version, "the worker is draining")
+        try:
+            self._reactor.refresh()
+            self._tables.apply(config)
+        except ConfigError as error:
+            _LOG.error("configuration %d was refused: %s", config.version, error)
+            return self._refuse(config.version, str(error))
+        except Exception as error:
+            # A fault of ours. Dying of it would cut all traffic, again after each restart.
+            _LOG.exception("configuration %d could not be applied", config.version)
+            return self._refuse(config.version, f"internal error: {error!r}; see the worker's log")
+        self._freeze()
+        return Ack(config.version)
+
+    def _refuse(self, version: int, reason: str) -> Nack:
+        self._refused = Refusal(version, reason, time.time())
+        return Nack(version, reason)
+
+    def _answer(self, request: Configure | Ping | Stats | Observed | Describe | Tap | EndTap | Drain) -> Reply:
         match request:
             case Configure(config=config):
-                if self._draining:
-                    return Nack(config.version, "the worker is draining")
-                try:
-                    self._reactor.refresh()
-                    self._tables.apply(config)
-                except ConfigError as error:
-                    _LOG.error("configuration %d was refused: %s", config.version, error)
-                    return Nack(config.version, str(error))
-                except Exception as error:
-                    # A fault of ours. Dying of it would cut all traffic, again after each restart.
-                    _LOG.exception("configuration %d could not be applied", config.version)
-                    return Nack(config.version, f"internal error: {error!r}; see the worker's log")
-                self._freeze()
-                return Ack(config.version)
+                return self._configure(config)
             case Ping():
                 return self._pong()
             case Stats():
@@ -239,6 +256,16 @@ class Worker:
                 return StatsReply(exposition(samples), counters)
             case Observed(since_s=since_s):
                 return ObservedReply(self._tables.observed(since_s))
+            case Describe(service=service):
+                return DescribeReply(self._tables.describe(service, self._refused))
+            case Tap(key=key, wanted=wanted):
+                try:
+                    return TapReply(*self._tables.taps.take(key, wanted))
+                except (ConfigError, LimitExceeded) as error:
+                    return Nack(self._tables.config.version, str(error))
+            case EndTap(key=key):
+                self._tables.taps.end(key)
+                return Ack(self._tables.config.version)
             case Drain():
                 self._drain = request
                 self._drain_asked.set()
