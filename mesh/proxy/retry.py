@@ -23,8 +23,6 @@ BACKOFF_MAX_S = 0.25
 RETRIES_MAX = 2**32 - 1  # what a header may ask for
 _OVERRIDES_KEPT = 64  # combinations of override headers remembered per policy
 
-Failure = Literal["connect", "reset"]
-
 FailureKind = Literal[
     "connect",  # TCP or TLS could not be set up
     "connect-timeout",
@@ -86,17 +84,6 @@ SAFE_RETRIES = RetryPolicy(
     backoff_max_s=0.0,
     buffer_bytes_max=REPLAY_BYTES_MAX,
 )
-
-
-def may_retry(failure: Failure, *, method: bytes, attempts: int, reused: bool, resets: int, replayable: bool) -> bool:
-    """Whether a request whose attempt failed before any response byte is tried again.
-
-    `connect`: nothing was sent, so another endpoint may be tried, up to CONNECT_ATTEMPTS_MAX attempts in all. `reset`:
-    see `lost_keepalive_race`.
-    """
-    if failure == "connect":
-        return attempts < CONNECT_ATTEMPTS_MAX
-    return lost_keepalive_race(method=method, reused=reused, resets=resets, replayable=replayable)
 
 
 def lost_keepalive_race(*, method: bytes, reused: bool, resets: int, replayable: bool) -> bool:
