@@ -5,7 +5,7 @@ import sys
 
 BENCHMARKS = (
     "two_hops", "one_hop", "large_bodies", "tcp_relay", "idle_connections", "configuration_changes",
-    "kv_puts", "kv_gets", "intention_flips", "leader_death", "footprint", "worker_soak",
+    "kv_puts", "kv_gets", "intention_flips", "leader_death", "footprint", "worker_soak", "policy_oracle",
 )  # fmt: skip
 
 

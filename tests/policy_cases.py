@@ -131,9 +131,11 @@ def _holds(permission: dict, case: Case) -> bool:
         return False
     for wanted in http.get("Header", ()):
         values = [value for name, value in case.headers if name.lower() == wanted["Name"]]
+        if len(values) > 1:
+            values.append(",".join(values))
         verdicts = [_value_holds(wanted, value) != wanted.get("Invert", False) for value in values]
         if not values:
-            holds = wanted.get("Invert", False)
+            holds = "Present" in wanted and wanted.get("Invert", False)
         elif permission["Action"] == "deny":
             holds = any(verdicts)
         else:

@@ -6,8 +6,10 @@ decides; when none holds the default does, not the next rule. On a listener that
 permissions refuses. (Consul arrives there by subtracting each rule's source from all rules below it, and each
 permission from those after it; whatever has the default's action is then left out.)
 
-A header that appears several times is several values. A deny holds when one of them matches, an allow only when all do:
-joined, or last-one-wins, a repeated header talks its way around a rule (Envoy CVE-2026-26308, Consul CVE-2024-10006).
+A header that appears several times is several values. A deny holds when one of them matches, or all of them joined by
+commas, an allow only when each does and what they make joined: judged only one way, a repeated header talks its way
+around a rule (Envoy CVE-2026-26308, Consul CVE-2024-10006). Envoy 1.40 judges them joined, so we never let in what it
+would refuse, and refuse some that it lets in.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -213,18 +215,22 @@ def _canonical(match: PathMatch) -> PathMatch:
 
 
 def _headers(matches: Sequence[NamedMatch], *, every: bool) -> Callable[[RequestHead], bool]:
-    compiled = tuple((_values_of(one.name), compile_string(one.match)) for one in matches)
+    # As Envoy has it: of a header that is missing only its absence can be asked for, whatever else is inverted.
+    compiled = tuple(
+        (_values_of(one.name), compile_string(one.match), one.match.kind == "present" and one.match.invert)
+        for one in matches
+    )
 
     def hold(head: RequestHead) -> bool:
-        for values_of, holds in compiled:
+        for values_of, holds, wants_none in compiled:
             values = values_of(head)
             if not values:
-                if not holds(None):
+                if not wants_none:
                     return False
             elif len(values) == 1:
                 if not holds(values[0]):
                     return False
-            elif not (all if every else any)(holds(value) for value in values):
+            elif not (all if every else any)(holds(value) for value in (*values, b",".join(values))):
                 return False
         return True
 
