@@ -13,7 +13,7 @@ from agent.dataplane.tracing import Tracer
 from mesh.http.head import Headers, RequestHead
 from mesh.proxy.client_cert import without
 from mesh.proxy.exchange import Exchange
-from mesh.proxy.replies import DENIED
+from mesh.proxy.replies import Reply
 from mesh.proxy.sidecar_config import IDLE_TIMEOUT_S
 from mesh.proxy.trace_context import TraceContext
 
@@ -56,18 +56,18 @@ class HttpService:
         accepted.set_deadline(min(now + IDLE_TIMEOUT_S, exchange.request_deadline))
         if self.draining:
             accepted.codec.must_close = True
-        if self.inbound and not self.allowed(accepted, exchange):
+        if self.inbound and (refusal := self.refusal(accepted, exchange)) is not None:
             self.metrics.denied += 1
             exchange.request_ended = ended
-            exchange.fail(DENIED)
+            exchange.fail(refusal)
             return exchange
         exchange.forwarded = self._forwarded(accepted, exchange, request)
         exchange.begin(body, ended=ended)
         return exchange
 
-    def allowed(self, accepted: HttpAccepted, exchange: Exchange) -> bool:
-        """Whether policy lets this caller's request through, by the current rules; its verdict goes on the exchange."""
-        return True
+    def refusal(self, accepted: HttpAccepted, exchange: Exchange) -> Reply | None:
+        """Policy's answer to a request that the rules of the moment do not let in; its reason goes on the exchange."""
+        return None
 
     def client_cert_headers(self, accepted: HttpAccepted, headers: Headers) -> Headers:
         """The headers as the endpoint gets them, as far as x-forwarded-client-cert goes: what came is dropped."""

@@ -5,6 +5,8 @@ import socket
 import time
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
 from agent.dataplane.gate import Gate
 from agent.dataplane.http_accepted import HttpAccepted
 from agent.dataplane.http_service import HttpService
@@ -22,6 +24,7 @@ from mesh.http.head import Headers
 from mesh.proxy.client_cert import Edit, compile_edit, without
 from mesh.proxy.exchange import Exchange
 from mesh.proxy.pool import LOCAL_IDLE_TIMEOUT_S
+from mesh.proxy.replies import DENIED, Reply
 from mesh.proxy.sidecar_config import EndpointConfig, InboundListener, LimitsConfig, TargetConfig
 
 _UNLIMITED = LimitsConfig(connections_max=2**31, pending_requests_max=2**31, requests_max=2**31)
@@ -93,19 +96,21 @@ class InboundHttp(HttpService):
         exchange.decision = verdict.text
         return verdict
 
-    def allowed(self, accepted: HttpAccepted, exchange: Exchange) -> bool:
+    def refusal(self, accepted: HttpAccepted, exchange: Exchange) -> Reply | None:
         """HttpService callback. A caller that renews its leaf connects anew with it, long before the old one ends."""
         if time.time() > accepted.valid_until_s:
             accepted.codec.must_close = True
             exchange.decision = _EXPIRED.text
-            return False
+            return replace(DENIED, details=_EXPIRED.details)
         gate, request, source = self._gate, exchange.request, accepted.source
         verdict = gate.policy.verdict(source, request)
         exchange.decision = verdict.text
         gate.edges.count(source, request.method, request.path, self.reactor.now, allowed=verdict.allowed)
-        if verdict.audit_denied:
-            gate.audited(source, verdict, f"{request.method.decode()} {request.path[:200].decode('latin-1')}")
-        return verdict.allowed
+        if verdict.allowed:
+            if verdict.audit_denied:
+                gate.audited(source, verdict, f"{request.method.decode()} {request.path[:200].decode('latin-1')}")
+            return None
+        return replace(DENIED, details=verdict.details)
 
     def client_cert_headers(self, accepted: HttpAccepted, headers: Headers) -> Headers:
         """HttpService callback."""
