@@ -29,7 +29,9 @@ HOP_BY_HOP = frozenset(
 NEVER_NOMINATED = frozenset((b"host", b"authorization", b"cookie", b"x-forwarded-for", b"x-forwarded-client-cert"))
 
 # uri-host [":" port]: registered name or IPv4, or an IPv6 literal. No user, path or space (RFC 9110 7.2).
-_AUTHORITY = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
+_AUTHORITY = re.compile(
+    rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*\])(?::([0-9]{1,5}))?"
+)
 
 AUTHORITY_BYTES_MAX = 512  # a DNS name has 253 at most, and a port 6
 

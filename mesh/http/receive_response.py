@@ -198,8 +198,8 @@ class ResponseReceiver(Receiver[httptools.HttpResponseParser]):
             if name == b"content-length":
                 content_length = read_content_length(value)
             elif name == b"transfer-encoding":
-                if raw_value.lower() != b"chunked":
-                    raise Refusal(502, "the only Transfer-Encoding understood is chunked")
+                if chunked or raw_value.lower() != b"chunked":
+                    raise Refusal(502, "the only Transfer-Encoding understood is chunked, once")
                 chunked = True
             elif name == b"connection":
                 connection += tokens(value)
