@@ -57,7 +57,8 @@ from mesh.proxy.sidecar_config import WorkerConfig
 _LOG = logging.getLogger("mesh.dataplane")
 
 AGENT_GRACE_S = 2.0  # --exit-with-agent: a new agent may take over within this time
-DRAIN_TIMEOUT_S = 10.0
+DRAIN_TIMEOUT_S = 10.0  # when a signal, or the loss of its agent, ends it
+DRAIN_IDLE_S = 1.0
 OUTBOUND_LAST_S = 2.0  # before the drain's end, outbound requests have to finish too
 REPLY_TIMEOUT_S = 10.0  # an agent that does not read its replies is gone
 LOG_FLUSH_INTERVAL_S = 1.0
@@ -81,7 +82,7 @@ class Worker:
         self._draining = False
         self._frozen_at = float("-inf")
         self._refused: Refusal | None = None  # the last configuration that was
-        self._drain = Drain(DRAIN_TIMEOUT_S)
+        self._drain = Drain(DRAIN_TIMEOUT_S, DRAIN_IDLE_S)
         self._drain_asked = trio.Event()
         self._drain_changed = trio.Event()
         self._agent_lost_at = float("inf")
