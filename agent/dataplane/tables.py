@@ -264,6 +264,17 @@ class Tables:
         """Opens log files anew: they have been rotated."""
         self._logs.reopen()
 
+    def _policy_samples(self) -> Iterator[Sample]:
+        """Two instances of one service on this host are told apart by no label of these: they count together."""
+        sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        for service in self._services.values():
+            if isinstance(service, InboundHttp | InboundTcp):
+                for name, labels, value in service.policy_samples():
+                    key = name, tuple(sorted(labels.items()))
+                    sums[key] = sums.get(key, 0.0) + value
+        for (name, labels_of), value in sums.items():
+            yield name, dict(labels_of), value
+
     def observed(self, since_s: float) -> tuple[ObservedListener, ...]:
         """Who called in the last `since_s` seconds, per inbound listener."""
         inbound = (service for service in self._services.values() if isinstance(service, InboundHttp | InboundTcp))
@@ -276,8 +287,7 @@ class Tables:
             protocol = "http" if isinstance(service, InboundHttp | OutboundHttp) else "tcp"
             result.extend(service.metrics.samples(protocol))
             result.extend(service.target.samples())
-            if isinstance(service, InboundHttp | InboundTcp):
-                result.extend(service.policy_samples())
+        result.extend(self._policy_samples())
         result.append(("mesh_access_log_dropped", {}, self._logs.dropped))
         return result
 
