@@ -53,6 +53,7 @@ class OutboundHttp(HttpService):
     def accept(self, sock: socket.socket, peer: str) -> None:
         """Listener callback."""
         accepted = HttpAccepted(self.reactor, sock, self, peer)
+        accepted.codec.default_authority = self.target.name.encode()  # for HTTP/1.0: the next hop wants a Host
         self.accepted.add(accepted)
         accepted.attach()
         accepted.start()

@@ -25,6 +25,8 @@ At the peer's end of stream call `receive_eof()`.
 Paths are normalised as `ServerConnection(path_policy)` says, or `connection.path_policy = ...` at any time; one that
 redirects does so by a Rejected with status 307 and a location, which `reject` answers like any other.
 
+An HTTP/1.0 request may come without Host; its authority is then `connection.default_authority`, empty unless set.
+
 A client: `ClientConnection`: `send_request(head) -> bytes`, `send_body`, `end`, and the same receive side with
 ResponseHead events; a 1xx head (101 apart) is an event of its own with no EndOfMessage after it.
 

@@ -51,11 +51,13 @@ _REFUSED_METHODS = frozenset((b"CONNECT", b"TRACE"))
 class RequestReceiver(Receiver[httptools.HttpRequestParser]):
     """The receiving half of a server's connection."""
 
-    __slots__ = ("_blank", "_head", "_http_minor", "_keep_alive", "_line", "_tail", "_target", "path_policy")
+    __slots__ = ("_blank", "_head", "_http_minor", "_keep_alive", "_line", "_tail", "_target", "default_authority",
+                 "path_policy")  # fmt: skip
 
     def __init__(self, path_policy: PathPolicy = DEFAULT_POLICY) -> None:
         super().__init__()
         self.path_policy = path_policy  # for the heads still to come
+        self.default_authority = b""  # of an HTTP/1.0 request without Host
         self._blank = 0  # bytes of empty lines before the request line
         self._line = b""  # what has come of the request line, until it is judged
         self._tail = b""  # the last bytes read of an unfinished head
@@ -256,7 +258,7 @@ class RequestReceiver(Receiver[httptools.HttpRequestParser]):
         if authority is None:
             if http_minor:
                 raise Refusal(400, "there is no Host header")
-            authority = b""
+            authority = self.default_authority
         elif not is_authority(authority):
             raise Refusal(400, "the Host header is not a host with an optional port")
         if b"#" in target:
