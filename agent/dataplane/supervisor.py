@@ -302,6 +302,7 @@ class WorkerSupervisor:
                             if worker is not None:
                                 worker.client.close()
                         place.worker = place.predecessor = None
+                    self._sockets.close_all()  # whoever runs next gets copies from the workers
 
     def _tell(self) -> None:
         for callback in tuple(self._subscribers.values()):
