@@ -14,10 +14,12 @@ from agent.addresses import join_address
 from agent.backend import Backend
 from agent.cluster import ClientCluster, ServerCluster, open_server
 from agent.config import PORT_OFF, AgentConfig, node_id, prepare_data_dir
+from agent.dataplane.views import WorkerViews
 from agent.edges import observed_here
 from agent.host import Host, own_node
 from agent.http.agent_api import AgentApi
 from agent.http.agent_connect import AgentConnectApi
+from agent.http.agent_proxy import AgentProxyApi
 from agent.http.agent_services import AgentServicesApi
 from agent.http.catalog import CatalogApi
 from agent.http.config_entries import ConfigApi
@@ -242,6 +244,7 @@ class Agent:
         return (
             *agent.routes(),
             *AgentServicesApi(host.state, host.checks, self._runtime, datacenter).routes(),
+            *AgentProxyApi(WorkerViews(host.supervisor), host.sidecars.problems, self._runtime, datacenter).routes(),
             *AgentConnectApi(backend, datacenter, host.leaves, default_allow=default_allow).routes(),
             *StatusApi(backend, datacenter).routes(),
             *CatalogApi(backend, datacenter).routes(),

@@ -115,7 +115,7 @@ class Host:
             workers=config.proxy_workers or default_workers(),
             drain_time_s=config.proxy_drain_time_s,
         )
-        self._sidecars = SidecarManager(
+        self.sidecars = SidecarManager(
             services=self.state,
             leaves=self.leaves,
             backend=backend,
@@ -157,7 +157,7 @@ class Host:
             nursery.start_soon(self._keep_running, "checks", self.checks.run)
             nursery.start_soon(self._run_synchronizer)
             nursery.start_soon(self._keep_running, "worker supervisor", self.supervisor.run)
-            nursery.start_soon(self._keep_running, "sidecars", self._sidecars.run)
+            nursery.start_soon(self._keep_running, "sidecars", self.sidecars.run)
             nursery.start_soon(self._keep_running, "edge reporter", self._edges.run)
             task_status.started()
 

@@ -8,13 +8,14 @@ import logging
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, cast
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import trio
 
 from agent.backend import Backend
 from agent.backoff import backoff_s
 from agent.dataplane.supervisor import WorkerSupervisor
+from agent.departures import Departures
 from agent.follow import follow
 from agent.leaves import Leaf, LeafManager
 from agent.runtime import Runtime
@@ -49,6 +50,14 @@ class Tracing:
     endpoint: str = ""
     sampling: float = 0.0
     form: TraceForm = "w3c"
+
+
+class Problem(NamedTuple):
+    """Why one sidecar is not, or not quite, served as it was asked for."""
+
+    proxy_id: str
+    service: str
+    reason: str
 
 
 class LocalServices(Protocol):
@@ -160,6 +169,7 @@ class SidecarManager:
         self._default_allow = default_allow
         self._tracing = tracing
         self._sidecars: dict[str, _Sidecar] = {}
+        self._departures = Departures()  # deregistered ones, still among the sidecars
         self._chains = _Chains({})
         self._watches: dict[bytes, _Watch] = {}
         self._holds: dict[str, Callable[[], None]] = {}
@@ -169,6 +179,7 @@ class SidecarManager:
         self._told = False  # the worker of now has what is in `_accepted`
         self._caught_up = False  # this manager knows at least as much as the worker; see _may_push
         self._rendered: dict[str, tuple[tuple[object, ...], SidecarConfig | None]] = {}
+        self._refusals: dict[str, tuple[SidecarConfig, str]] = {}  # and why, for those who ask
         self._warned: dict[str, tuple[str, ...]] = {}
         self._dirty = trio.Event()
         self._stale = trio.Event()  # the local services changed
@@ -198,6 +209,23 @@ class SidecarManager:
                 release()
             self._holds.clear()
 
+    def problems(self) -> tuple[Problem, ...]:
+        """What is not served as it was asked for, now, by proxy ID."""
+        found: list[Problem] = []
+        for proxy_id, sidecar in sorted(self._sidecars.items()):
+            service = sidecar.proxy.destination_service_name
+            reasons = list(self._warned.get(proxy_id, ()))
+            config, refusal = self._refusals.get(proxy_id, (None, ""))
+            wanted = self._rendered.get(proxy_id)
+            if config is not None and wanted is not None and wanted[1] == config != self._accepted.get(proxy_id):
+                former = ", and serves the one before" if proxy_id in self._accepted else ""
+                reasons.append(f"a worker refuses its configuration{former}: {refusal}")
+            elif proxy_id not in self._accepted:
+                refused = self._leaves.refusal(service)
+                reasons.append(f"it has no certificate: {refused}" if refused else "it is not served yet")
+            found.extend(Problem(proxy_id, service, reason) for reason in reasons)
+        return tuple(found)
+
     # -- what changed
 
     def _changed(self) -> None:
@@ -214,7 +242,8 @@ class SidecarManager:
 
     async def _follow_services(self, nursery: trio.Nursery) -> None:
         while True:
-            await self._stale.wait()
+            with trio.move_on_at(self._departures.next_end(trio.current_time())):
+                await self._stale.wait()
             self._stale = trio.Event()
             self._reconcile(nursery)
 
@@ -227,9 +256,13 @@ class SidecarManager:
                 sidecar = _Sidecar(service, service.proxy, _application_port(service.proxy, services))
                 # The same object as before where nothing changed: see _render_one.
                 self._sidecars[service_id] = former[service_id] if former.get(service_id) == sidecar else sidecar
+        served, now = former.keys() & self._accepted.keys(), trio.current_time()
+        for proxy_id in sorted(self._departures.update(served=served, registered=self._sidecars, now=now)):
+            self._sidecars[proxy_id] = former[proxy_id]
         for proxy_id in self._rendered.keys() - self._sidecars.keys():
             del self._rendered[proxy_id]
             self._warned.pop(proxy_id, None)
+            self._refusals.pop(proxy_id, None)
         wanted = {
             encode(query): query
             for sidecar in self._sidecars.values()
@@ -313,6 +346,7 @@ class SidecarManager:
             config = config or self._accepted.get(proxy_id)
             if config is not None:
                 rendered[proxy_id] = config
+        rendered = self._departures.trim(rendered, trio.current_time())
         return dict(list(rendered.items())[:SIDECARS_MAX])
 
     def _render_one(
@@ -445,6 +479,7 @@ class SidecarManager:
                 self._refused.pop(proxy_id, None)
             except Refused as error:
                 self._refused[proxy_id] = config
+                self._refusals[proxy_id] = config, str(error)
                 _LOG.error("sidecar %s: the worker refuses its configuration: %s", proxy_id, error)
 
     def _retry_later(self) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 from urllib.parse import quote
 
@@ -76,14 +76,7 @@ class Api:
                 method, path, params=query, content=content, json=body if content is None else None
             )
         except httpx.ConnectError as error:
-            if isinstance(_cause(error), ssl.SSLError):
-                self.fail(
-                    f"no TLS with the agent at {self._shown}: {_reason(error)}. Is that its https port, and its CA?"
-                )
-            self.fail(
-                f"cannot connect to the agent at {self._shown}: {_reason(error)}.\n"
-                "Is one running there? `mesh agent -dev` starts one; -http-addr or MESH_HTTP_ADDR name another."
-            )
+            self._unreachable(error)
         except httpx.TimeoutException:
             self.fail(
                 f"the agent at {self._shown} did not answer {method} {path} in time; is it overloaded or stopped?"
@@ -92,8 +85,34 @@ class Api:
             self.fail(f"{method} {path} at {self._shown} failed: {_reason(error)}")
         if response.is_success or response.status_code in accept:
             return response
+        self._refused(response, path)
+
+    def _unreachable(self, error: httpx.ConnectError) -> NoReturn:
+        if isinstance(_cause(error), ssl.SSLError):
+            self.fail(f"no TLS with the agent at {self._shown}: {_reason(error)}. Is that its https port, and its CA?")
+        self.fail(
+            f"cannot connect to the agent at {self._shown}: {_reason(error)}.\n"
+            "Is one running there? `mesh agent -dev` starts one; -http-addr or MESH_HTTP_ADDR name another."
+        )
+
+    def _refused(self, response: httpx.Response, path: str) -> NoReturn:
         answer = response.text.strip() or path
         self.fail(f"the agent at {self._shown} answered {response.status_code}: {answer}{_HINTS.get(answer, '')}")
+
+    def lines(self, path: str, params: Params | None = None) -> Iterator[str]:
+        """The lines of an answer that does not end by itself, empty ones left out, as they come."""
+        query: dict[str, str | int | Sequence[str]] = {**self._defaults, **(params or {})}
+        timeout = httpx.Timeout(_ANSWER_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
+        try:
+            with self._http.stream("GET", path, params=query, timeout=timeout) as response:
+                if not response.is_success:
+                    response.read()
+                    self._refused(response, path)
+                yield from filter(None, response.iter_lines())
+        except httpx.ConnectError as error:
+            self._unreachable(error)
+        except httpx.HTTPError as error:
+            self.fail(f"the connection to the agent at {self._shown} ended: {_reason(error)}")
 
     def fail(self, message: str) -> NoReturn:
         """Prints the message to stderr and ends the command."""

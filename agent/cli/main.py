@@ -19,7 +19,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "kv": ("agent.cli.kv", "kv", "Reads and writes the key-value store"),
     "leave": ("agent.cli.cluster", "leave", "Makes an agent leave its cluster gracefully and stop"),
     "members": ("agent.cli.cluster", "members", "Lists the members of the cluster"),
+    "proxy-config": ("agent.cli.proxy_config", "proxy_config", "Shows what the local agent's proxies hold"),
     "services": ("agent.cli.services", "services", "Registers and deregisters services with the local agent"),
+    "tap": ("agent.cli.tap", "tap", "Shows the requests that the local agent's proxies carry, live"),
     "version": ("agent.cli.version", "version", "Prints the version"),
 }
 

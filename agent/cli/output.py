@@ -20,7 +20,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, dispe
     On a terminal that is too narrow, the `dispensable` columns are left out; what still does not fit is printed as in a
     pipe, so that an address or an ID can be copied whole.
     """
-    lines = [list(headings), *([_safe(cell) for cell in row] for row in rows)]
+    lines = [list(headings), *([printable(cell) for cell in row] for row in rows)]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -50,6 +50,6 @@ def _width(lines: Sequence[Sequence[str]]) -> int:
     return sum(widths) + len(_COLUMN_GAP) * (len(widths) - 1)
 
 
-def _safe(text: str) -> str:
-    # Names come from other hosts: no control character of theirs may reach the terminal.
+def printable(text: str) -> str:
+    """The text with nothing in it that a terminal would obey: names and paths come from other hosts."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)

@@ -1,7 +1,9 @@
 """One connection of the API: reads requests in order, runs their handlers, writes their answers."""
 
 import logging
+import math
 from collections import deque
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, Protocol
@@ -16,7 +18,7 @@ from agent.http.params import WAIT_S_DEFAULT, WAIT_S_MAX, Params
 from agent.http.plain_stream import PlainStream
 from agent.http.policy import host_allowed, origin_allowed
 from agent.http.rendering import GZIP_BYTES_MIN, Rendered, accepts_gzip, encoded, moved, render, render_compressed
-from agent.http.request import ApiRequest, ApiResponse, Handler, Route, text_response
+from agent.http.request import ApiRequest, ApiResponse, Handler, Route, Send, text_response
 from agent.http.router import Router
 from agent.repeats import RepeatedLog
 from agent.runtime import Runtime
@@ -77,7 +79,7 @@ class HttpSettings:
         return any(name.lower() == "access-control-allow-origin" for name, _ in self.response_headers)
 
 
-Phase = Literal["idle", "head", "body", "handler", "write"]
+Phase = Literal["idle", "head", "body", "handler", "write", "stream"]
 """What a connection waits for, which decides what its client is told when that takes too long."""
 
 
@@ -420,11 +422,48 @@ class HttpConnection:
             self._ahead += data
 
     async def _respond(self, head: RequestHead, request: ApiRequest | None, response: ApiResponse) -> None:
+        if response.stream is not None:
+            await self._respond_at_length(head, response, response.stream)
+            return
         settings = self._settings
         pretty = settings.pretty or (request is not None and request.params.has("pretty"))
         compress = len(response.body) >= GZIP_BYTES_MIN and accepts_gzip(head)
         rendered = render(response, pretty=pretty) if not compress else await render_compressed(response, pretty=pretty)
         await self._send(self._encode(head, rendered))
+
+    async def _respond_at_length(
+        self, head: RequestHead, response: ApiResponse, stream: Callable[[Send], Awaitable[None]]
+    ) -> None:
+        """An answer whose end is not in sight. Whatever fails in between ends the connection without the last chunk."""
+        codec = self._codec
+        headers = Rendered(response, b"").headers(self._settings.common_headers, now_s=self._runtime.unix_time_s())
+        await self._send(codec.send_response(ResponseHead(response.status, headers, None), head))
+        if head.method != b"HEAD":
+
+            async def send(data: bytes) -> None:
+                await self._send(codec.send_body(data))
+                self._wait_for("stream", math.inf)
+
+            self._wait_for("stream", math.inf)
+            failed = False
+            async with trio.open_nursery() as nursery:
+                self._interruptible = nursery.cancel_scope
+                if self._draining:
+                    nursery.cancel_scope.cancel()
+                nursery.start_soon(self._watch_client, nursery.cancel_scope)
+                try:
+                    await stream(send)
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    self._eof = True
+                except Exception:
+                    log.exception("%s: the answer broke off", head.path.decode("utf-8", "replace"))
+                    failed = True
+                nursery.cancel_scope.cancel()
+            self._interruptible = None
+            if failed or self._eof:
+                codec.must_close = True
+                return
+        await self._send(codec.end())
 
     def _encode(self, head: RequestHead, rendered: Rendered) -> bytes:
         body, codec = rendered.body, self._codec

@@ -58,13 +58,21 @@ class ApiRequest(msgspec.Struct, frozen=True):
             raise Unreachable("No path to datacenter")
 
 
+Send = Callable[[bytes], Awaitable[None]]
+
+
 class ApiResponse(msgspec.Struct, frozen=True):
-    """One answer. The server adds Content-Length, Vary, Date and the headers common to all answers."""
+    """One answer. The server adds Content-Length, Vary, Date and the headers common to all answers.
+
+    With `stream` the body is what that sends, piece by piece, until it returns; it is cancelled when the client leaves
+    or the agent stops, and has no deadline but that the client must read.
+    """
 
     status: int = 200
     body: bytes = b""
     content_type: str = TEXT_TYPE
     headers: tuple[tuple[str, str], ...] = ()
+    stream: Callable[[Send], Awaitable[None]] | None = None
 
 
 Handler = Callable[[ApiRequest], Awaitable[ApiResponse]]
