@@ -161,6 +161,7 @@ class Turmoil:
         self.restarts += 1
 
     def _leave(self, number: int) -> None:
+        wait_until(lambda: self._leaver.get("/v1/agent/services"))  # its agent may be restarting
         if number % 2:
             self._leaver.register("api", APP_PORT, sidecar_port=21000)
         else:

@@ -18,6 +18,7 @@ from state_backend import StateBackend, WallClock
 
 from agent import tls
 from agent.dataplane.supervisor import WorkerSupervisor
+from agent.departures import INBOUND_S, OUTBOUND_S
 from agent.leaves import LeafManager
 from agent.runtime import Runtime
 from agent.sidecars import RETRY_S_MAX, SidecarManager
@@ -248,13 +249,48 @@ async def test_services_come_and_go_and_so_do_their_watches_and_leaves(autojump_
         assert agent.worker.sidecar("web-sidecar-proxy") is not None
         assert agent.worker.sidecar("db-sidecar-proxy").inbound.local_port == 5432
         agent.services.put(WEB, WEB_PROXY)
-        await settle()
+        await settle(OUTBOUND_S + 1)
         assert agent.worker.sidecar("db-sidecar-proxy") is None
         agent.services.put(WEB)
-        await settle()
+        await settle(OUTBOUND_S + 1)
         assert agent.worker.configs[-1].sidecars == ()
         assert len(backend.registry) <= 1  # only the roots are still followed
         assert not agent.manager._holds
+
+
+async def test_a_deregistered_sidecar_obeys_policy_while_callers_leave_and_its_outbound_side_goes_last(
+    autojump_clock, backend
+):
+    async with running(Agent(backend, WEB, WEB_PROXY)) as agent:
+        await settle()
+        agent.services.put(WEB)
+        await settle()
+        await backend.apply(IntentionUpsert(Intention("x", "web", "deny")))
+        await settle()
+        served = agent.worker.sidecar("web-sidecar-proxy")
+        assert [rule.source for rule in served.inbound.intentions] == ["x"]
+        await settle(INBOUND_S)
+        served = agent.worker.sidecar("web-sidecar-proxy")
+        assert served.inbound is None
+        assert [listener.bind_port for listener in served.outbound] == [9191]
+        await settle(OUTBOUND_S - INBOUND_S)
+        assert agent.worker.sidecar("web-sidecar-proxy") is None
+        assert not agent.manager._holds
+
+
+async def test_a_sidecar_that_comes_back_or_needs_the_address_of_one_that_left_is_served_at_once(
+    autojump_clock, backend
+):
+    async with running(Agent(backend, WEB, WEB_PROXY)) as agent:
+        await settle()
+        agent.services.put(WEB)
+        await settle()
+        agent.services.put(WEB, WEB_PROXY)
+        await settle(OUTBOUND_S + 1)
+        assert agent.worker.sidecar("web-sidecar-proxy").inbound is not None
+        agent.services.put(WEB, proxy_of("other", upstreams=[API_UPSTREAM]))
+        await settle()
+        assert [sidecar.proxy_id for sidecar in agent.worker.configs[-1].sidecars] == ["other-sidecar-proxy"]
 
 
 async def test_configuration_of_proxies_and_config_entries_is_honoured(autojump_clock, backend, caplog):
