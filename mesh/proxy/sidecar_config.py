@@ -5,6 +5,7 @@ An agent renders a `WorkerConfig` from its catalog, intentions and leaves, and h
 of the same value. Times are float seconds; names are as in the catalog.
 """
 
+import random
 from collections.abc import Iterable
 from typing import Literal
 
@@ -13,7 +14,9 @@ import msgspec
 from mesh.authz.rules import SourceRule as SourceRule
 from mesh.errors import ConfigError
 from mesh.model.permission import Permission as Permission
+from mesh.proxy.balancing import check_policy
 from mesh.proxy.client_cert import ClientCertField, ForwardClientCert
+from mesh.proxy.hashing import compile_hash
 from mesh.proxy.trace_context import TraceForm
 from mesh.traffic.policy import (
     LoadBalancing,
@@ -201,6 +204,15 @@ def _check_unique(where: str, names: Iterable[object]) -> None:
         seen.add(name)
 
 
+def _check_balancing(where: str, policy: LoadBalancing) -> None:
+    try:
+        check_policy(policy)
+        if policy.hash_policies:
+            compile_hash(policy.hash_policies, random.Random(0))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
 def _check_sidecar(sidecar: SidecarConfig) -> None:
     where = f"sidecar {sidecar.proxy_id}"
     if not sidecar.certificate_chain_pem or not sidecar.private_key_pem or not sidecar.trust_roots_pem:
@@ -211,6 +223,8 @@ def _check_sidecar(sidecar: SidecarConfig) -> None:
     for listener in sidecar.outbound:
         outbound = f"{where}, outbound to {listener.target.name}"
         _check_address(outbound, listener.bind_address, listener.bind_port)
+        for target in (listener.target, *listener.targets):
+            _check_balancing(f"{where}, target {target.name}", target.load_balancing)
         if not listener.target.expected_spiffe_ids:
             raise ConfigError(f"{outbound}: no SPIFFE ID is expected, so no server could be accepted")
         if len(listener.target.endpoints) > ENDPOINTS_MAX:

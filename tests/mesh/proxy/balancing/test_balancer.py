@@ -11,8 +11,15 @@ from hypothesis import strategies as st
 
 from mesh.errors import ConfigError
 from mesh.proxy.balancing import make_balancer, select
-from mesh.proxy.sidecar_config import EndpointConfig
-from mesh.traffic.policy import BalancerKind, LoadBalancing, SlowStart
+from mesh.proxy.sidecar_config import (
+    EndpointConfig,
+    OutboundListener,
+    SidecarConfig,
+    TargetConfig,
+    WorkerConfig,
+    check,
+)
+from mesh.traffic.policy import BalancerKind, HashPolicy, LoadBalancing, SlowStart
 
 KINDS = get_args(BalancerKind)
 HASHING = ("ring_hash", "maglev")
@@ -307,3 +314,17 @@ def test_subsets_are_chosen_by_metadata():
     assert select(every, (("stage", "prod"),)) == (one, two)
     assert select(every, (("version", "v2"), ("stage", "prod"))) == (two,)
     assert select(every, (("version", "v3"),)) == ()
+
+
+@pytest.mark.parametrize(
+    "policy", [LoadBalancing(maglev_table_size=10), LoadBalancing(hash_policies=(HashPolicy("header", "a b"),))]
+)
+def test_a_worker_is_not_given_a_policy_that_cannot_work(policy):
+    good = TargetConfig("web", ("spiffe://t/web",))
+    bad = TargetConfig("web-v2", ("spiffe://t/web",), load_balancing=policy)
+    listener = OutboundListener("127.0.0.1", 9000, good, targets=(bad,))
+    sidecar = SidecarConfig(
+        "p1", "shop", "dc1", "t", "spiffe://t/shop", "chain", "key", ("root",), outbound=(listener,)
+    )
+    with pytest.raises(ConfigError, match=r"sidecar p1, target web-v2: .*(prime|name of a header)"):
+        check(WorkerConfig(1, (sidecar,)))
