@@ -21,6 +21,7 @@ from agent.http.agent_api import AgentApi
 from agent.http.agent_connect import AgentConnectApi
 from agent.http.agent_proxy import AgentProxyApi
 from agent.http.agent_services import AgentServicesApi
+from agent.http.agent_workers import AgentWorkersApi
 from agent.http.catalog import CatalogApi
 from agent.http.config_entries import ConfigApi
 from agent.http.connect_ca import ConnectCaApi
@@ -246,6 +247,7 @@ class Agent:
             *AgentServicesApi(host.state, host.checks, self._runtime, datacenter).routes(),
             *AgentProxyApi(WorkerViews(host.supervisor), host.sidecars.problems, self._runtime, datacenter).routes(),
             *AgentConnectApi(backend, datacenter, host.leaves, default_allow=default_allow).routes(),
+            *AgentWorkersApi(host.supervisor).routes(),
             *StatusApi(backend, datacenter).routes(),
             *CatalogApi(backend, datacenter).routes(),
             *HealthApi(backend, datacenter).routes(),

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "services": ("agent.cli.services", "services", "Registers and deregisters services with the local agent"),
     "tap": ("agent.cli.tap", "tap", "Shows the requests that the local agent's proxies carry, live"),
     "version": ("agent.cli.version", "version", "Prints the version"),
+    "workers": ("agent.cli.workers", "workers", "Lists the processes that carry sidecar traffic, or replaces them"),
 }
 
 

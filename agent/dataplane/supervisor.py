@@ -399,7 +399,8 @@ class WorkerSupervisor:
     async def _let_go(self, worker: Worker) -> None:
         """It stops accepting, finishes what it has, and ends."""
         idle_s = min(REPLACED_IDLE_S, self._drain_time_s / 2)
-        await worker.drain(Drain(self._drain_time_s, idle_s))
+        with trio.CancelScope(shield=True):  # its calls have deadlines; not told, it would serve old rules for ever
+            await worker.drain(Drain(self._drain_time_s, idle_s))
         self._statistics.retire(worker.last_statistics)
 
     async def _drain_predecessor(self, place: Place) -> None:

@@ -1,5 +1,6 @@
 """Traffic through real sidecars while agents, servers, workers and applications die, and while policy changes."""
 
+import json
 import os
 import signal
 import socket
@@ -99,6 +100,20 @@ def test_an_instance_whose_worker_dies_costs_no_request(world, load):
     wait_until(lambda: other.worker_pid() not in (0, before))
     assert load.failures == []
     world.wait_instances("c1", "c2")
+
+
+def test_workers_are_replaced_through_the_api_without_a_failed_request(world, load, stream):
+    for agent in (world.web, world.cluster.clients[1]):
+        before = {worker["Pid"] for worker in json.loads(agent.get("/v1/agent/proxy/workers"))}
+        assert json.loads(agent.put("/v1/agent/proxy/replace-workers", None)) == {"Replaced": len(before)}
+        after = {worker["Pid"] for worker in json.loads(agent.get("/v1/agent/proxy/workers"))}
+        assert len(after) == len(before)
+        assert not after & before
+    load.wait(100)
+    # The load keeps its connections and takes no notice of `connection: close`: what it finds then is no failure.
+    assert [failure for failure in load.failures if failure[1] or b"ended after b''" not in failure[2]] == []
+    assert echoes(stream)
+    assert new_stream_works(world)
 
 
 def test_an_instance_that_leaves_in_order_costs_no_request(world, load):
