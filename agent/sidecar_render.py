@@ -17,6 +17,7 @@ from agent.upstream_render import (
 )
 from mesh.authz import rule_problems, source_rules
 from mesh.errors import ConfigError
+from mesh.http.path import EscapedSlashes, PathPolicy
 from mesh.model.ca import CaRoots
 from mesh.model.catalog import Proxy, Service
 from mesh.model.config_entry import ConfigEntry
@@ -132,6 +133,7 @@ def _inbound(facts: SidecarFacts, proxy: Proxy, warnings: list[str]) -> InboundL
         mtls=_mtls(facts),
         forward_client_cert=_forward_client_cert(facts, proxy, warnings),
         client_cert_fields=_client_cert_fields(facts, proxy, warnings),
+        path_policy=_path_policy(facts, warnings),
         connect_timeout_s=milliseconds(proxy.config, "local_connect_timeout_ms") or CONNECT_TIMEOUT_S,
         request_timeout_s=milliseconds(proxy.config, "local_request_timeout_ms") or 0.0,
         connections_max=integer(proxy.config, "max_inbound_connections") or 8192,
@@ -179,6 +181,31 @@ def _client_cert_fields(facts: SidecarFacts, proxy: Proxy, warnings: list[str]) 
         names = ", ".join(get_args(ClientCertField))
         warnings.append(f"forward_client_cert_fields must be a list of {names}; it is taken as [uri]")
         return ("uri",)
+
+
+_ESCAPED_SLASHES: Mapping[str, EscapedSlashes] = {
+    "": "keep",
+    "IMPLEMENTATION_SPECIFIC_DEFAULT": "keep",
+    "KEEP_UNCHANGED": "keep",
+    "REJECT_REQUEST": "reject",
+    "UNESCAPE_AND_REDIRECT": "redirect",
+    "UNESCAPE_AND_FORWARD": "unescape",
+}
+
+
+def _path_policy(facts: SidecarFacts, warnings: list[str]) -> PathPolicy:
+    """`mesh`'s HTTP.Incoming.RequestNormalization, for what differs between applications. The rest is always done."""
+    http = table(_body(facts.entries.get(("mesh", "mesh"))), "HTTP")
+    given = table(table(http, "Incoming"), "RequestNormalization")
+    action = text(given, "PathWithEscapedSlashesAction")
+    escaped = _ESCAPED_SLASHES.get(action, "reject")
+    if action not in _ESCAPED_SLASHES:
+        warnings.append(f"PathWithEscapedSlashesAction {action} is unknown: escaped slashes in paths are refused")
+    if given.get("InsecureDisablePathNormalization") is True:
+        warnings.append("InsecureDisablePathNormalization is not supported: paths are always normalised")
+    if text(given, "HeadersWithUnderscoresAction") not in ("", "ALLOW"):
+        warnings.append("HeadersWithUnderscoresAction is not supported: such headers are forwarded")
+    return PathPolicy(merge_slashes=given.get("MergeSlashes") is True, escaped_slashes=escaped)
 
 
 class _RateLimits(TypedDict):

@@ -21,6 +21,7 @@ from agent.dataplane.transport import PlainTransport
 from mesh.authz import Verdict
 from mesh.authz.observed import ObservedListener
 from mesh.http.head import Headers
+from mesh.http.path import DEFAULT_POLICY
 from mesh.proxy.client_cert import Edit, compile_edit, without
 from mesh.proxy.exchange import Exchange
 from mesh.proxy.pool import LOCAL_IDLE_TIMEOUT_S
@@ -45,6 +46,7 @@ class InboundHttp(HttpService):
         self.inbound = True
         self.connections_max = 0
         self._gate = Gate(reactor, metrics, http=True)
+        self._path_policy = DEFAULT_POLICY
         self._edit: Edit | None = None
         self.target.transport = PlainTransport()
         self.target.set_idle_timeout(LOCAL_IDLE_TIMEOUT_S)
@@ -53,11 +55,14 @@ class InboundHttp(HttpService):
         """New tables; open connections keep the identity that they were verified with, and requests under way their
         verdict. What was upgraded (WebSocket) is closed when its request would no longer be let in.
         """
+        self._path_policy = listener.path_policy
         self._edit = compile_edit(listener.forward_client_cert)
         self.forwards_client_cert = self._edit is not None
         self.connections_max = listener.connections_max
         self.request_timeout_s = listener.request_timeout_s
         self.target.update(_local_target(listener))
+        for accepted in self.accepted:
+            accepted.codec.path_policy = self._path_policy
         if self._gate.update(listener, identity):
             for accepted in tuple(self.accepted):
                 exchange = accepted.exchange
@@ -70,6 +75,7 @@ class InboundHttp(HttpService):
 
         def begin(sock: socket.socket, outcome: Outcome) -> None:
             accepted = HttpAccepted(self.reactor, sock, self, peer)
+            accepted.codec.path_policy = self._path_policy
             self.accepted.add(accepted)
             if outcome == "tls":
                 accepted.attach_tls(self._gate.identity.server, server_side=True)

@@ -13,6 +13,7 @@ import msgspec
 
 from mesh.authz.rules import SourceRule as SourceRule
 from mesh.errors import ConfigError
+from mesh.http.path import PathPolicy
 from mesh.model.permission import Permission as Permission
 from mesh.proxy.balancing import check_policy
 from mesh.proxy.client_cert import ClientCertField, ForwardClientCert
@@ -119,6 +120,7 @@ class InboundListener(msgspec.Struct, frozen=True):
     mtls: MtlsMode = "strict"
     forward_client_cert: ForwardClientCert = "sanitize"
     client_cert_fields: tuple[ClientCertField, ...] = ("uri",)  # beside By and Hash
+    path_policy: PathPolicy = PathPolicy()  # what is authorised, and forwarded
     routes: RouteTable = RouteTable()  # their targets: `local_app` only
     rate_limit: RateLimit | None = None
     connect_timeout_s: float = CONNECT_TIMEOUT_S

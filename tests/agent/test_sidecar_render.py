@@ -13,6 +13,7 @@ from agent.sidecar_render import SidecarFacts, render
 from agent.upstream_render import UpstreamFacts
 from mesh.authz import Policy, authorize
 from mesh.ca import authority
+from mesh.http.path import PathPolicy
 from mesh.model.ca import CaRoots
 from mesh.model.catalog import Node, Proxy, Service, Upstream
 from mesh.model.check import ServiceHealth
@@ -190,3 +191,16 @@ def test_permissions_on_a_service_that_is_not_http_are_warned_about():
     assert warnings == ("rule a=>web has permissions, and the service's protocol is not http: it refuses",)
     _, (warning,) = inbound_of(config={"protocol": "http"}, intentions=rules)
     assert "rule a=>web cannot be understood, so it refuses" in warning
+
+
+def test_paths_are_normalised_as_the_mesh_entry_says():
+    def of(**normalization):
+        http = {"Incoming": {"RequestNormalization": normalization}}
+        inbound, warnings = inbound_of(entry_of("mesh", "mesh", {"HTTP": http}))
+        return inbound.path_policy, len(warnings)
+
+    assert inbound_of()[0].path_policy == PathPolicy()
+    assert of(MergeSlashes=True) == (PathPolicy(merge_slashes=True), 0)
+    assert of(PathWithEscapedSlashesAction="UNESCAPE_AND_FORWARD") == (PathPolicy(escaped_slashes="unescape"), 0)
+    assert of(PathWithEscapedSlashesAction="WHATEVER") == (PathPolicy(escaped_slashes="reject"), 1)
+    assert of(InsecureDisablePathNormalization=True, HeadersWithUnderscoresAction="DROP_HEADER") == (PathPolicy(), 2)

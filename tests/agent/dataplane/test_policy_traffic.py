@@ -8,6 +8,7 @@ from peers import TIMEOUT_S, Peer
 
 from agent.dataplane.control import Observed
 from mesh.authz.observed import Edge, ObservedListener
+from mesh.http.path import PathPolicy
 from mesh.model.match import NamedMatch, PathMatch, StringMatch
 from mesh.proxy.sidecar_config import Permission, SourceRule
 
@@ -58,6 +59,17 @@ def test_requests_of_one_connection_are_judged_one_by_one(pair):
     assert ask(client, b"/ok", blue) == (200, b"hello")
     hops.apply(default_allow=False, intentions=(SourceRule("web", "allow"),))
     assert ask(client, b"/admin") == (200, b"hello")
+
+
+def test_slashes_are_merged_before_rules_are_asked_where_that_is_configured(pair):
+    rule = SourceRule("web", None, (Permission("deny", path=under("/admin")),))
+    hops = pair.hops(intentions=(rule,))
+    hops.serve(HELLO)
+    client = hops.tls_client("web")
+    assert ask(client, b"//admin") == (200, b"hello")
+    hops.apply(intentions=(rule,), path_policy=PathPolicy(merge_slashes=True, escaped_slashes="unescape"))
+    assert ask(client, b"//admin") == (403, DENIED)
+    assert ask(client, b"/x%2f..%2fadmin") == (403, DENIED)
 
 
 def test_what_was_upgraded_ends_when_its_request_would_be_refused(pair):
