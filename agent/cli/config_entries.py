@@ -1,13 +1,10 @@
 """`mesh config read|write|list|delete`."""
 
-import json
-import sys
-from pathlib import Path
-
 import click
 
 from agent.cli.client import Api, Json, connect, segment
 from agent.cli.flags import GoGroup, api_flags, format_flag
+from agent.cli.json_file import read_json
 from agent.cli.output import print_json
 
 
@@ -50,16 +47,7 @@ def write(*, file: str, cas: bool, modify_index: int | None, **_: object) -> Non
 
 
 def _read_entry(api: Api, file: str) -> dict[str, Json]:
-    try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text()
-    except OSError as error:
-        api.fail(f"cannot read {file}: {error.strerror}")
-    except UnicodeDecodeError as error:
-        api.fail(f"{file} is not UTF-8: {error}")
-    try:
-        entry = json.loads(text)
-    except ValueError as error:
-        api.fail(f"{file} is not JSON: {error}")
+    entry = read_json(api, file)
     if not isinstance(entry, dict):
         api.fail(f"{file} must hold one JSON object with Kind and Name")
     return entry

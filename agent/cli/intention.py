@@ -18,10 +18,11 @@ def intention() -> None:
 
 
 def _action(rule: dict[str, Json]) -> str:
-    permissions = rule.get("Permissions")
+    permissions, meta = rule.get("Permissions"), rule.get("Meta")
+    audit = " (audit)" if isinstance(meta, dict) and meta.get("mesh-intentions") == "audit" else ""
     if isinstance(permissions, list) and permissions:
-        return f"{len(permissions)} permissions"
-    return str(rule.get("Action") or "-")
+        return f"{len(permissions)} permissions{audit}"
+    return f"{rule.get('Action') or '-'}{audit}"
 
 
 def _print_rules(rules: Json, output_format: str) -> None:
@@ -50,6 +51,7 @@ def _print_rules(rules: Json, output_format: str) -> None:
 @click.argument("destination")
 @click.option("-allow", is_flag=True, help="The source may call the destination (the default).")
 @click.option("-deny", is_flag=True, help="The source may not call the destination.")
+@click.option("-audit", is_flag=True, help="Only count and log what the rule would refuse; let it in.")
 @click.option("-replace", is_flag=True, help="Replace the intention of this pair if there is one.")
 @click.option("-description", default="", help="What it is for.")
 @click.option("-meta", multiple=True, metavar="KEY=VALUE", help="Metadata to keep with it.")
@@ -60,6 +62,7 @@ def create(
     destination: str,
     allow: bool,
     deny: bool,
+    audit: bool,
     replace: bool,
     description: str,
     meta: tuple[str, ...],
@@ -72,10 +75,12 @@ def create(
     if not replace and _exact(api, source, destination) is not None:
         api.fail(f"there is an intention for {source} => {destination}; -replace replaces it")
     body: dict[str, Json] = {"SourceType": "consul", "Action": "deny" if deny else "allow", "Description": description}
+    if audit:
+        meta += ("mesh-intentions=audit",)
     if meta:
         body["Meta"] = {key: value for key, _, value in (pair.partition("=") for pair in meta)}
     api.put("/v1/connect/intentions/exact", {"source": source, "destination": destination}, body=body)
-    click.echo(f"Created: {source} => {destination} ({body['Action']})")
+    click.echo(f"Created: {source} => {destination} ({body['Action']}{', in audit mode' if audit else ''})")
 
 
 def _exact(api: Api, source: str, destination: str) -> Json:
@@ -193,7 +198,7 @@ def dry_run(*, file: str, since: str, show_all: bool, output_format: str, **_: o
     report = api.put("/v1/connect/intentions/dry-run", {"since": since}, body=read_json(api, file))
     if not isinstance(report, dict):
         api.fail("the agent's answer is no report; is it older than this command?")
-    edges = [edge for edge in _objects(report.get("Edges"))]
+    edges = _objects(report.get("Edges"))
     if output_format == "json":
         print_json(report)
     else:

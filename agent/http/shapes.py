@@ -7,7 +7,7 @@ from mesh.model.catalog import Node, Proxy, Service, ServiceAddress, ServiceNode
 from mesh.model.check import Check, CheckDefinition, ServiceHealth
 from mesh.model.config_entry import ConfigEntry
 from mesh.model.duration import format_duration
-from mesh.model.intention import Intention
+from mesh.model.intention import MODE_KEY, Intention
 from mesh.model.kv import KvEntry
 
 JsonObject = dict[str, object]
@@ -196,8 +196,9 @@ def intention_shape(intention: Intention) -> JsonObject:
         shape["Action"] = intention.action
     if intention.permissions:
         shape["Permissions"] = list(intention.permissions)
-    if intention.meta:
-        shape["Meta"] = dict(sorted(intention.meta.items()))
+    meta = intention.meta | ({MODE_KEY: "audit"} if intention.audit else {})  # its entry's metadata may say it, too
+    if meta:
+        shape["Meta"] = dict(sorted(meta.items()))
     return shape | {
         "Precedence": intention.precedence,
         "CreatedAt": rfc3339(intention.created_at_s),

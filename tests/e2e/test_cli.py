@@ -121,6 +121,8 @@ def test_an_intention_decides_until_it_is_deleted(mesh: Run) -> None:
     assert mesh("intention", "list").stdout.splitlines()[1].split() == ["web", "allow", "api", "9"]
     assert "Precedence:   9" in mesh("intention", "get", "web", "api").stdout
     assert len(json.loads(mesh("intention", "match", "-format=json", "api").stdout)) == 1
+    mesh("intention", "create", "-replace", "-deny", "-audit", "web", "api")
+    assert mesh("intention", "list").stdout.splitlines()[1].split() == ["web", "deny", "(audit)", "api", "9"]
     assert mesh("intention", "delete", "web", "api").stdout == "Intention deleted.\n"
     assert mesh("intention", "get", "web", "api", status=1).stderr
 

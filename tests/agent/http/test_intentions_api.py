@@ -204,3 +204,18 @@ async def test_ca_roots_never_show_a_private_key(api):
     pem = await api.get("/v1/connect/ca/roots", pem="true")
     assert pem.headers["content-type"] == "application/pem-certificate-chain"
     assert pem.text == root.root_cert_pem + "\n"
+
+
+async def test_a_rule_that_its_entry_puts_into_audit_mode_says_so(api):
+    entry = {
+        "Kind": "service-intentions", "Name": "db", "Meta": {"mesh-intentions/web": "audit", "team": "a"},
+        "Sources": [{"Name": "web", "Action": "deny"}, {"Name": "*", "Action": "deny"}],
+    }  # fmt: skip
+    assert (await api.put("/v1/config", entry)).text == "true"
+    assert (await api.get("/v1/config/service-intentions/db")).json()["Meta"] == entry["Meta"]
+    rules = (await api.get("/v1/connect/intentions")).json()
+    assert [(rule["SourceName"], rule.get("Meta")) for rule in rules] == [
+        ("web", {"mesh-intentions": "audit"}), ("*", None),
+    ]  # fmt: skip
+    # It is still what would be decided that is answered.
+    assert (await api.get("/v1/connect/intentions/check", source="web", destination="db")).json() == {"Allowed": False}
