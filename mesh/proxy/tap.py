@@ -38,7 +38,7 @@ class TapFilter(msgspec.Struct, frozen=True):
     headers: bool = False
 
 
-class TapRecord(msgspec.Struct, frozen=True):
+class TapRecord(msgspec.Struct, frozen=True, rename="pascal"):
     """One request that is over. `at_s` is Unix time of its start."""
 
     at_s: float
