@@ -152,6 +152,16 @@ class WorkerProcess:
         self._control.sendall(frame(request))
         return self.receive_reply()
 
+    def ask_with_sockets(self, request, sockets):
+        socket.send_fds(self._control, [frame(request)], [sock.fileno() for sock in sockets])
+        return self.receive_reply()
+
+    def ask_for_sockets(self, request):
+        """(reply, the sockets that came with it)."""
+        self._control.sendall(frame(request))
+        self._buffer, numbers, _flags, _address = socket.recv_fds(self._control, 65536, 200)
+        return self.receive_reply(), [socket.socket(fileno=number) for number in numbers]
+
     def configure(self, config):
         return self.ask(Configure(config))
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import signal
 import socket
 import stat
 import subprocess
@@ -14,8 +15,9 @@ from mesh_pair import Pair
 from msgspec.structs import replace
 from sidecars import REPOSITORY, WorkerProcess, free_ports, loopback_address
 
-from agent.dataplane.control import Ack, Configure, Nack, Pong, Stats, frame
-from mesh.proxy.sidecar_config import AccessLogConfig, EndpointConfig, WorkerConfig
+from agent.dataplane.control import Ack, Adopt, Configure, Drain, Handover, Nack, Pong, Stats, frame
+from mesh.proxy.resources import ListenerKey
+from mesh.proxy.sidecar_config import AccessLogConfig, EndpointConfig, SourceRule, WorkerConfig
 
 GET = b"GET / HTTP/1.1\r\nHost: api\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -276,3 +278,144 @@ def test_endpoints_may_have_names(pair):
     assert pair.worker.configure(config) == Ack(config.version)
     client.send(GET)
     assert client.read_message()[1] == b"ok"
+
+
+def accepts(address, port):
+    try:
+        socket.create_connection((address, port), 5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_drain_ends_inbound_first_and_outbound_when_inbound_is_over(own):
+    hops = own.hops()
+    direct = hops.tls_client()
+    direct.send(GET)
+    app = hops.app()
+    app.read_message()
+    assert own.worker.ask(Drain(30.0, idle_s=1.0, outbound_s=0.01)) == Ack(own._version)
+    until(lambda: not accepts(hops.address, hops.inbound_port))
+    for _ in range(100):  # longer than outbound_s: the request under way may still need to call others
+        assert accepts(hops.address, hops.outbound_port)
+    app.send(OK)
+    head, body = direct.read_message()
+    assert body == b"ok"
+    assert b"connection: close" in head
+    until(lambda: not accepts(hops.address, hops.outbound_port))
+    assert own.worker.process.wait(5) == 0
+    hops.close()
+
+
+def test_a_more_urgent_drain_ends_the_one_before(own):
+    hops = own.hops()
+    assert own.worker.ask(Drain(60.0, outbound_s=50.0)) == Ack(own._version)
+    until(lambda: not accepts(hops.address, hops.inbound_port))
+    assert accepts(hops.address, hops.outbound_port)
+    assert own.worker.drain(60.0) == Ack(own._version)
+    assert own.worker.process.wait(5) == 0
+    hops.close()
+
+
+def test_a_draining_worker_answers_one_more_request_on_an_idle_connection(own):
+    hops = own.hops()
+    hops.serve()
+    client, idle = hops.tls_client(), hops.tls_client()
+    for peer in (client, idle):
+        peer.send(GET)
+        assert peer.read_message()[1] == b"ok"
+    assert own.worker.ask(Drain(30.0, idle_s=1.0)) == Ack(own._version)
+    client.send(GET)
+    head, body = client.read_message()
+    assert body == b"ok"
+    assert b"connection: close" in head
+    assert client.at_end()
+    assert idle.at_end()  # nothing came within its second
+    assert own.worker.process.wait(5) == 0
+    hops.close()
+
+
+def test_what_waits_at_a_listener_that_goes_is_served(pair):
+    hops = pair.hops()
+    hops.serve()
+    os.kill(pair.worker.pid, signal.SIGSTOP)
+    waiting = []
+    try:
+        for _ in range(40):  # more than one turn accepts
+            waiting.append(hops.client())
+            waiting[-1].send(GET)
+        data = frame(Configure(WorkerConfig(pair.next_version())))
+        pair.worker._control.sendall(data)
+    finally:
+        os.kill(pair.worker.pid, signal.SIGCONT)
+    assert pair.worker.receive_reply() == Ack(pair._version)
+    # Inbound has gone as well, so there is nothing behind: an answer all the same, and no reset.
+    assert all(client.read_message()[0].startswith(b"HTTP/1.1 ") for client in waiting)
+    assert not accepts(hops.address, hops.outbound_port)
+
+
+def test_an_upgraded_connection_goes_on_through_policy_changes_until_one_forbids_it(pair):
+    hops = pair.hops()
+    client = hops.client()
+    client.send(b"GET /ws HTTP/1.1\r\nHost: api\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    app = hops.app()
+    app.read_head()
+    app.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    assert client.read_head().startswith(b"HTTP/1.1 101 ")
+    for number in range(3):
+        hops.apply(intentions=(SourceRule(f"other-{number}", "deny"),), connections_max=70 + number)
+        client.send(b"ping%d" % number)
+        assert app.read(5) == b"ping%d" % number
+        app.send(b"pong%d" % number)
+        assert client.read(5) == b"pong%d" % number
+    hops.apply(default_allow=False)
+    assert client.at_end()
+
+
+def test_sockets_pass_from_worker_to_worker_and_unused_ones_are_let_go(own, tmp_path):
+    hops = own.hops()
+    hops.serve()
+    config = hops.apply()
+    reply, sockets = own.worker.ask_for_sockets(Handover())
+    assert [(key.address, key.port) for key in reply.keys] == [(hops.address, 9191), (hops.address, 21000)]
+    assert reply.remaining == 0
+    rest, others = own.worker.ask_for_sockets(Handover(1))
+    assert rest.keys == reply.keys[1:]
+    others[0].close()
+    (tmp_path / "successor").mkdir()
+    successor = WorkerProcess(tmp_path / "successor")
+    stray = socket.create_server((hops.address, 7777))
+    try:
+        keys = (*reply.keys, ListenerKey(hops.address, 7777))
+        assert successor.ask_with_sockets(Adopt(keys), [*sockets, stray]) == Ack(-1)
+        assert successor.configure(config) == Ack(config.version)
+        stray.close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((hops.address, 7777), 5)
+        own.worker.drain(5.0)
+        assert own.worker.process.wait(10) == 0
+        for _ in range(5):
+            assert ask_once(hops)[1] == b"ok"
+    finally:
+        for sock in sockets:
+            sock.close()
+        successor.close()
+        hops.close()
+
+
+def test_an_adopt_without_its_sockets_ends_that_connection_only(pair):
+    hops = pair.hops()
+    hops.serve()
+    with pytest.raises((EOFError, ConnectionResetError)):
+        pair.worker.ask(Adopt((ListenerKey(hops.address, 7777),)))
+    pair.worker.disconnect()
+    pair.worker.connect()
+    assert pair.worker.ping().config_version == pair._version
+    assert ask_once(hops)[1] == b"ok"
