@@ -123,6 +123,21 @@ class HttpService:
             target_metrics = target.metrics
             target_metrics.classes[kind] += 1
             target_metrics.latency.observe(latency_ms, bucket)
+            endpoint = target_metrics.endpoint(exchange.endpoint_host)
+            endpoint.requests += 1
+            if not 1 <= kind <= 4:
+                endpoint.errors += 1
+            if exchange.attempts > 1:
+                for host in exchange.hosts_tried[:-1]:
+                    tried = target_metrics.endpoint(host)
+                    tried.requests += 1
+                    tried.errors += 1
+        if exchange.flags:
+            metrics.flagged(exchange.flags)
+        if exchange.route is not None and exchange.route.name:
+            route = metrics.route(exchange.route.name)
+            route.classes[kind] += 1
+            route.latency.observe(latency_ms, bucket)
         if self.access_log is not None:
             self.access_log.add(exchange, ended_at)
         if self.tap is not None:

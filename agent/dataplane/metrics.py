@@ -1,16 +1,22 @@
-"""Counters and histograms of one worker, and their Prometheus text.
+"""Counters and histograms of one worker. `exposition` makes text of them, `otlp_metrics` protobuf.
 
 Names and labels are those that dashboards for Envoy under Consul query. Handles are plain attributes, made once per
-listener and target, so that a request costs a few integer additions.
+listener and target, so that a request costs a few integer additions. No label takes its values from requests; those
+that come from configuration (routes, endpoints) are bounded, and what is beyond counts under `other`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Set
 
 # Upper bounds in milliseconds: Envoy's default histogram buckets.
 LATENCY_BOUNDS_MS = (
     0.5, 1.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0, 5000.0, 10000.0, 30000.0, 60000.0, 300000.0,
     600000.0, 1800000.0, 3600000.0,
 )  # fmt: skip
+
+ROUTES_MAX = 256  # per listener, with counters of their own
+ENDPOINTS_MAX = 256  # per target: those that get requests
+FLAGS_MAX = 64  # combinations of response flags, per listener
+OTHER = "other"
 
 Sample = tuple[str, dict[str, str], float]
 
@@ -39,12 +45,30 @@ class Histogram:
         yield f"{name}_count", labels, seen
 
 
+class RouteMetrics:
+    """What became of the requests of one named rule. `classes` as in ListenerMetrics."""
+
+    __slots__ = ("classes", "latency")
+
+    def __init__(self) -> None:
+        self.classes = [0] * 6
+        self.latency = Histogram()
+
+    def samples(self, labels: dict[str, str]) -> Iterator[Sample]:
+        """As those of an Envoy route with a `stat_prefix`."""
+        yield "envoy_vhost_route_upstream_rq_total", labels, sum(self.classes)
+        for number in range(1, 6):
+            classed = {**labels, "envoy_response_code_class": str(number)}
+            yield "envoy_vhost_route_upstream_rq_xx", classed, self.classes[number]
+        yield from self.latency.samples("envoy_vhost_route_upstream_rq_time", labels)
+
+
 class ListenerMetrics:
     """What one listener saw. `classes[n]` counts responses with status n00 to n99; 0: the caller left before one."""
 
     __slots__ = (
-        "accept_failures", "active", "bytes_received", "bytes_sent", "classes", "connections", "denied",
-        "idle_timeouts", "labels", "latency", "overflow", "protocol_errors", "requests", "tls_errors",
+        "accept_failures", "active", "bytes_received", "bytes_sent", "classes", "connections", "denied", "flags",
+        "idle_timeouts", "labels", "latency", "overflow", "protocol_errors", "requests", "routes", "tls_errors",
     )  # fmt: skip
 
     def __init__(self, labels: dict[str, str]) -> None:
@@ -62,6 +86,28 @@ class ListenerMetrics:
         self.latency = Histogram()
         self.bytes_received = 0
         self.bytes_sent = 0
+        self.flags: dict[str, int] = {}  # by what the access log shows, such as `URX,UT`
+        self.routes: dict[str, RouteMetrics] = {}
+
+    def flagged(self, flags: str) -> None:
+        """A request ended with response flags."""
+        if flags not in self.flags and len(self.flags) >= FLAGS_MAX:
+            flags = OTHER
+        self.flags[flags] = self.flags.get(flags, 0) + 1
+
+    def route(self, name: str) -> RouteMetrics:
+        """The counters of a named rule."""
+        found = self.routes.get(name)
+        if found is None:
+            if len(self.routes) >= ROUTES_MAX:
+                name = OTHER
+            found = self.routes.setdefault(name, RouteMetrics())
+        return found
+
+    def keep_routes(self, names: Set[str]) -> None:
+        """Forgets rules that are no longer there."""
+        for name in [name for name in self.routes if name not in names and name != OTHER]:
+            del self.routes[name]
 
     def samples(self, protocol: str) -> Iterator[Sample]:
         """In the shape of an Envoy listener with one HTTP or TCP filter."""
@@ -93,15 +139,34 @@ class ListenerMetrics:
             yield "envoy_listener_http_downstream_rq_xx", classed, self.classes[number]
         yield "envoy_http_downstream_rq_rx_reset", http, self.classes[0]
         yield from self.latency.samples("envoy_http_downstream_rq_time", http)
+        yield "envoy_http_downstream_rq_rx_bytes", http, self.bytes_received
+        yield "envoy_http_downstream_rq_tx_bytes", http, self.bytes_sent
+        by_flag: dict[str, int] = {}
+        for flags, count in tuple(self.flags.items()):
+            for flag in flags.split(","):
+                by_flag[flag] = by_flag.get(flag, 0) + count
+        for flag, count in by_flag.items():
+            yield "mesh_response_flags_total", {**http, "flag": flag}, count
+        for name, route in tuple(self.routes.items()):
+            yield from route.samples({**http, "envoy_route": name})
+
+
+class EndpointMetrics:
+    """What one endpoint was asked, and how often it failed: by its last answer, or by a try that another followed."""
+
+    __slots__ = ("errors", "requests")
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.errors = 0
 
 
 class TargetMetrics:
     """What one target answered, over all its endpoints."""
 
     __slots__ = (
-        "active", "classes", "connect_failures", "connections", "connections_active", "healthy", "identity_failures",
-        "labels",
-        "latency", "overflow", "pending", "requests", "resets", "retries",
+        "active", "classes", "connect_failures", "connections", "connections_active", "endpoints", "healthy",
+        "identity_failures", "labels", "latency", "overflow", "pending", "requests", "resets", "retries", "total",
     )  # fmt: skip
 
     def __init__(self, labels: dict[str, str]) -> None:
@@ -119,6 +184,22 @@ class TargetMetrics:
         self.retries = 0
         self.resets = 0
         self.healthy = 0
+        self.total = 0
+        self.endpoints: dict[str, EndpointMetrics] = {}  # by address and port
+
+    def endpoint(self, host: str) -> EndpointMetrics:
+        """The counters of one endpoint."""
+        found = self.endpoints.get(host)
+        if found is None:
+            if len(self.endpoints) >= ENDPOINTS_MAX:
+                host = OTHER
+            found = self.endpoints.setdefault(host, EndpointMetrics())
+        return found
+
+    def keep_endpoints(self, hosts: Set[str]) -> None:
+        """Forgets endpoints that are no longer there."""
+        for host in [host for host in self.endpoints if host not in hosts and host != OTHER]:
+            del self.endpoints[host]
 
     def samples(self) -> Iterator[Sample]:
         """In the shape of an Envoy cluster."""
@@ -138,41 +219,8 @@ class TargetMetrics:
         yield "envoy_cluster_upstream_rq_retry", labels, self.retries
         yield "envoy_cluster_upstream_cx_destroy_with_active_rq", labels, self.resets
         yield "envoy_cluster_membership_healthy", labels, self.healthy
-        yield "envoy_cluster_membership_total", labels, self.healthy
-
-
-def _escape(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def sample_name(name: str, labels: dict[str, str]) -> str:
-    """`name{label="value",...}`, labels sorted."""
-    if not labels:
-        return name
-    inner = ",".join(f'{key}="{_escape(value)}"' for key, value in sorted(labels.items()))
-    return f"{name}{{{inner}}}"
-
-
-_GAUGES = ("_active", "_healthy", "_total_gauge", "_live", "_uptime", "membership_total", "_open")
-
-
-def _kind(name: str) -> str:
-    return "gauge" if name.endswith(_GAUGES) else "counter"
-
-
-def exposition(samples: Iterable[Sample]) -> str:
-    """The Prometheus text format, version 0.0.4: samples grouped by metric, each with its type."""
-    families: dict[str, list[str]] = {}
-    kinds: dict[str, str] = {}
-    for name, labels, value in samples:
-        family, kind = name, _kind(name)
-        for suffix in ("_bucket", "_sum", "_count"):
-            if name.endswith(suffix):
-                family, kind = name.removesuffix(suffix), "histogram"
-        kinds[family] = kind
-        families.setdefault(family, []).append(f"{sample_name(name, labels)} {value:.15g}")
-    lines: list[str] = []
-    for family in sorted(families):
-        lines.append(f"# TYPE {family} {kinds[family]}")
-        lines.extend(families[family])
-    return "\n".join(lines) + "\n"
+        yield "envoy_cluster_membership_total", labels, self.total
+        for host, endpoint in tuple(self.endpoints.items()):
+            of_endpoint = {**labels, "envoy_endpoint_address": host}
+            yield "envoy_cluster_endpoint_rq_total", of_endpoint, endpoint.requests
+            yield "envoy_cluster_endpoint_rq_error", of_endpoint, endpoint.errors

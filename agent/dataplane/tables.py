@@ -167,6 +167,7 @@ class Tables:
             if isinstance(service, InboundHttp | OutboundHttp):
                 service.access_log = self._logs.get(item.sidecar.access_log)
                 service.tracer = self._tracer
+            service.metrics.keep_routes({rule.name for host in item.listener.routes.hosts for rule in host.rules})
             self._services[item.service_key] = service
             self._listeners[item.key].serve(service)
         for service in before.values():
@@ -280,16 +281,15 @@ class Tables:
         inbound = (service for service in self._services.values() if isinstance(service, InboundHttp | InboundTcp))
         return tuple(service.observed(since_s) for service in inbound)
 
-    def samples(self) -> list[Sample]:
-        """Every counter of every listener and target."""
-        result: list[Sample] = []
-        for service in self._services.values():
+    def samples(self) -> Iterator[Sample]:
+        """Every counter of every listener and target. The tables may change before it is at its end."""
+        for service in tuple(self._services.values()):
             protocol = "http" if isinstance(service, InboundHttp | OutboundHttp) else "tcp"
-            result.extend(service.metrics.samples(protocol))
-            result.extend(service.target.samples())
-        result.extend(self._policy_samples())
-        result.append(("mesh_access_log_dropped", {}, self._logs.dropped))
-        return result
+            yield from service.metrics.samples(protocol)
+            for target in _targets(service):
+                yield from tuple(target.samples())
+        yield from tuple(self._policy_samples())
+        yield "mesh_access_log_dropped", {}, self._logs.dropped
 
 
 def _targets(service: Service) -> tuple[Target, ...]:

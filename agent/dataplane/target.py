@@ -297,4 +297,29 @@ class Target:
         metrics.pending = breaker.pending
         metrics.overflow = breaker.pending_overflow
         metrics.healthy = sum(endpoint.usable for endpoint in self._endpoints.values())
+        metrics.total = len(self._endpoints)
+        metrics.keep_endpoints({endpoint.host for endpoint in self._endpoints.values()})
         yield from metrics.samples()
+        yield from self._health_samples()
+
+    def _health_samples(self) -> Iterator[Sample]:
+        """What keeps requests away: full circuit breakers, ejections."""
+        labels, breaker = self.metrics.labels, self.breaker
+        yield "envoy_cluster_upstream_cx_overflow", labels, breaker.connection_overflow
+        yield "envoy_cluster_upstream_rq_retry_overflow", labels, breaker.retry_overflow
+        for name, full in (
+            ("cx", breaker.connections >= breaker.connections_max),
+            ("rq", breaker.requests >= breaker.requests_max),
+            ("rq_pending", breaker.pending >= breaker.pending_max),
+        ):
+            yield f"envoy_cluster_circuit_breakers_default_{name}_open", labels, float(full)
+        if self._detector is None:
+            return
+        records = [(endpoint.host, endpoint.record) for endpoint in self.endpoints if endpoint.record is not None]
+        ejected = sum(record.ejected for _, record in records)
+        yield "envoy_cluster_outlier_detection_ejections_active", labels, ejected
+        for host, record in records:
+            if record.ejections:
+                of_endpoint = {**labels, "envoy_endpoint_address": host}
+                yield "mesh_endpoint_ejections_total", of_endpoint, record.ejections
+                yield "mesh_endpoint_ejected", of_endpoint, float(record.ejected)

@@ -5,6 +5,7 @@ It listens on the control socket (see `control.py`), serves what it was last tol
 """
 
 import gc
+import itertools
 import logging
 import os
 import random
@@ -45,7 +46,8 @@ from agent.dataplane.control import (
     frame,
 )
 from agent.dataplane.descriptors import SOCKETS_PER_FRAME_MAX, DescriptorStream
-from agent.dataplane.metrics import Sample, exposition, sample_name
+from agent.dataplane.exposition import Exposition
+from agent.dataplane.metrics import Sample
 from agent.dataplane.reactor import Reactor
 from agent.dataplane.tables import Tables
 from agent.version import VERSION
@@ -62,6 +64,7 @@ DRAIN_IDLE_S = 1.0
 OUTBOUND_LAST_S = 2.0  # before the drain's end, outbound requests have to finish too
 REPLY_TIMEOUT_S = 10.0  # an agent that does not read its replies is gone
 LOG_FLUSH_INTERVAL_S = 1.0
+SAMPLES_AT_ONCE = 500  # some 2 ms of work
 DRAIN_CHECK_INTERVAL_S = 0.02
 FREEZE_INTERVAL_S = 60.0  # between full collections: one may take long when many connections are open
 
@@ -208,6 +211,8 @@ class Worker:
                         reply = self._adopt(keys, frames.take(len(keys)))
                     case Handover(offset=offset):
                         reply, sockets = self._hand_over(offset)
+                    case Stats():
+                        reply = await self._statistics()
                     case _:
                         reply = self._answer(request)
                 with trio.fail_after(REPLY_TIMEOUT_S):
@@ -245,16 +250,12 @@ class Worker:
         self._refused = Refusal(version, reason, time.time())
         return Nack(version, reason)
 
-    def _answer(self, request: Configure | Ping | Stats | Observed | Describe | Tap | EndTap | Drain) -> Reply:
+    def _answer(self, request: Configure | Ping | Observed | Describe | Tap | EndTap | Drain) -> Reply:
         match request:
             case Configure(config=config):
                 return self._configure(config)
             case Ping():
                 return self._pong()
-            case Stats():
-                samples = [*self._tables.samples(), *self._own_samples()]
-                counters = {sample_name(name, labels): value for name, labels, value in samples}
-                return StatsReply(exposition(samples), counters)
             case Observed(since_s=since_s):
                 return ObservedReply(self._tables.observed(since_s))
             case Describe(service=service):
@@ -272,6 +273,16 @@ class Worker:
                 self._drain_asked.set()
                 self._drain_changed.set()
                 return Ack(self._tables.config.version)
+
+    async def _statistics(self) -> StatsReply:
+        """All counters. Traffic goes on meanwhile: of thousands of targets there are too many for one turn."""
+        exposition = Exposition()
+        exposition.add(self._own_samples())
+        samples = self._tables.samples()
+        while batch := tuple(itertools.islice(samples, SAMPLES_AT_ONCE)):
+            exposition.add(batch)
+            await trio.lowlevel.checkpoint()
+        return StatsReply(exposition.text(), exposition.counters)
 
     def _freeze(self) -> None:
         """What lives as long as the configuration is not worth looking at in every collection."""
