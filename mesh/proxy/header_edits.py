@@ -102,6 +102,14 @@ def _attribute(read: Callable[[EditContext], str], limit: int | None) -> _Render
     return render
 
 
+def _pseudo_header(read: Callable[[EditContext], bytes]) -> Callable[[Headers, EditContext], bytes | None]:
+    return lambda _, context: read(context)
+
+
+def _plain_header(name: bytes) -> Callable[[Headers, EditContext], bytes | None]:
+    return lambda headers, _: joined_value(headers, name)
+
+
 def _header(operator: str, names: str, limit: int | None) -> _Render:
     """`REQ(NAME?OTHER)` or `RESP(...)`: the first that there is."""
     pseudo = _PSEUDO_HEADERS if operator == "REQ" else _RESPONSE_PSEUDO_HEADERS
@@ -110,9 +118,9 @@ def _header(operator: str, names: str, limit: int | None) -> _Render:
         if name.startswith(":"):
             if name not in pseudo:
                 raise ConfigError(f"%{operator}({names})% names {name}, which is no header")
-            lookups.append(lambda _, context, read=pseudo[name]: read(context))
+            lookups.append(_pseudo_header(pseudo[name]))
         elif _NAME.fullmatch(name.encode()):
-            lookups.append(lambda headers, _, name=name.encode(): joined_value(headers, name))
+            lookups.append(_plain_header(name.encode()))
         else:
             raise ConfigError(f"%{operator}({names})% names {name!r}, which is no header")
     of_response = operator == "RESP"
@@ -185,7 +193,7 @@ def compile_name(name: str) -> bytes:
 class _Level:
     """One level's edits."""
 
-    __slots__ = ("added", "gone", "removed", "replaced", "rendered")
+    __slots__ = ("added", "gone", "removed", "rendered", "replaced")
 
     def __init__(self, edits: HeaderEdits, *, response: bool) -> None:
         self.removed = frozenset(map(compile_name, edits.remove))
