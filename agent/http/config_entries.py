@@ -7,13 +7,15 @@ from agent.http.chain_check import check_chains
 from agent.http.config_fields import config_entry
 from agent.http.family import StateFamily
 from agent.http.filtering import filtered
+from agent.http.permission_check import check_permissions, check_protocol
 from agent.http.request import ApiRequest, ApiResponse, Route, json_response, require_applied
 from agent.http.shapes import config_entry_shape
 from agent.runtime import Runtime
 from mesh.errors import InvalidRequest, NotFound, Refused
 from mesh.model.command import ConfigEntryDelete, ConfigEntrySet
+from mesh.model.config_entry import SERVICE_INTENTIONS
 from mesh.model.query import GetConfigEntry, ListConfigEntries
-from mesh.state.validation import CONFIG_KINDS
+from mesh.state.validation import CONFIG_KINDS, intentions_of, require_config_entry
 
 
 class ConfigApi(StateFamily):
@@ -36,7 +38,11 @@ class ConfigApi(StateFamily):
         request.check_datacenter(self._datacenter)
         cas_index = request.params.unsigned("cas")
         entry = config_entry(request.json())
+        require_config_entry(entry)
         await check_chains(self._backend, (entry.kind, entry.name), entry)
+        await check_protocol(self._backend, (entry.kind, entry.name), entry)
+        if entry.kind == SERVICE_INTENTIONS:
+            await check_permissions(self._backend, intentions_of(entry))
         command = ConfigEntrySet(entry=entry, cas_index=cas_index, at_s=self._runtime.unix_time_s())
         return json_response(require_applied(await self._backend.apply(command)))
 
@@ -63,6 +69,7 @@ class ConfigApi(StateFamily):
         request.check_datacenter(self._datacenter)
         cas_index = request.params.unsigned("cas")
         await check_chains(self._backend, (kind, name), None)
+        await check_protocol(self._backend, (kind, name), None)
         applied = require_applied(await self._backend.apply(ConfigEntryDelete(kind, name, cas_index)))
         return json_response({} if cas_index is None else applied)
 

@@ -9,6 +9,7 @@ from agent.backend import Backend
 from agent.http.config_fields import canonical_fields
 from agent.http.family import ReadResult, StateFamily
 from agent.http.filtering import filtered
+from agent.http.permission_check import check_permissions
 from agent.http.request import ApiRequest, ApiResponse, Route, empty_response, json_response, require_applied
 from agent.http.shapes import intention_shape
 from agent.runtime import Runtime
@@ -18,6 +19,7 @@ from mesh.errors import InvalidRequest, NotFound, Refused
 from mesh.model.command import IntentionDelete, IntentionUpsert
 from mesh.model.intention import Intention, IntentionAction
 from mesh.model.query import Answer, GetIntention, ListIntentions, MatchIntentions, ReadOptions
+from mesh.state.validation import require_intention
 
 NAMES_MAX = 128  # in one match request: a gateway asks for many services at once
 
@@ -152,6 +154,8 @@ class IntentionsApi(StateFamily):
         return empty_response()
 
     async def _upsert(self, intention: Intention) -> bool:
+        require_intention(intention)
+        await check_permissions(self._backend, (intention,))
         return require_applied(await self._backend.apply(IntentionUpsert(intention)))
 
     def _intention(self, fields: Fields, source: str, destination: str, intention_id: str = "") -> Intention:

@@ -140,6 +140,7 @@ async def test_bad_rules_are_refused(api, body, status, text):
 
 
 async def test_permissions_take_snake_case_and_come_back_as_stored(api):
+    await api.put("/v1/config", {"Kind": "service-defaults", "Name": "b", "Protocol": "http"})
     permission = {"action": "deny", "http": {"path_prefix": "/admin", "methods": ["GET"]}}
     assert (await put_rule(api, "a", "b", {"Permissions": [permission]})).text == "true"
     rule = (await api.get(EXACT, source="a", destination="b")).json()
@@ -219,3 +220,34 @@ async def test_a_rule_that_its_entry_puts_into_audit_mode_says_so(api):
     ]  # fmt: skip
     # It is still what would be decided that is answered.
     assert (await api.get("/v1/connect/intentions/check", source="web", destination="db")).json() == {"Allowed": False}
+
+
+PERMISSIONS = [{"Action": "deny", "HTTP": {"PathPrefix": "/admin"}}]
+
+
+async def test_permissions_need_a_service_that_speaks_http(api):
+    entry = {"Kind": "service-intentions", "Name": "db", "Sources": [{"Name": "web", "Permissions": PERMISSIONS}]}
+    reason = 'service "db" has protocol "tcp", which is incompatible with L7 intentions permissions'
+    for refused in (await put_rule(api, "web", "db", {"Permissions": PERMISSIONS}), await api.put("/v1/config", entry)):
+        assert (refused.status_code, refused.text) == (500, reason)
+    defaults = {"Kind": "service-defaults", "Name": "db", "Protocol": "http"}
+    await api.put("/v1/config", defaults)
+    assert (await api.put("/v1/config", entry)).text == "true"
+    refused = await api.put("/v1/config", defaults | {"Protocol": "tcp"})
+    assert (refused.status_code, refused.text) == (500, reason)
+    assert (await api.http.delete("/v1/config/service-defaults/db")).status_code == 500
+    everybody = {"Kind": "proxy-defaults", "Name": "global", "Config": {"protocol": "http"}}
+    assert (await api.put("/v1/config", everybody)).text == "true"
+    assert (await api.http.delete("/v1/config/service-defaults/db")).status_code == 200
+    assert (await api.http.delete("/v1/config/proxy-defaults/global")).status_code == 500
+    await api.http.delete("/v1/config/service-intentions/db")
+    assert (await api.http.delete("/v1/config/proxy-defaults/global")).status_code == 200
+
+
+async def test_a_pattern_that_is_none_is_refused_when_it_is_written(api):
+    await api.put("/v1/config", {"Kind": "service-defaults", "Name": "db", "Protocol": "http"})
+    bad = [{"Action": "deny", "HTTP": {"PathRegex": "/a("}}]
+    refused = await put_rule(api, "web", "db", {"Permissions": bad})
+    assert refused.status_code == 500
+    assert "web=>db cannot be understood" in refused.text
+    assert "/a(" in refused.text
