@@ -226,7 +226,7 @@ def _print_report(report: dict[str, Json], edges: list[dict[str, Json]], since: 
     totals = {change: sum(_count(edge) for edge in edges if edge.get("Change") == change) for change in _CHANGES}
     kinds = {change: sum(edge.get("Change") == change for edge in edges) for change in _CHANGES}
     parts = [
-        f"{kinds[change]} edges {text} ({totals[change]} requests)"
+        f"{_counted(kinds[change], 'edge')} {text} ({_counted(totals[change], 'request')})"
         for change, text in (
             ("cut", "would be cut"),
             ("may-cut", "may be cut, depending on headers or paths"),
@@ -237,8 +237,12 @@ def _print_report(report: dict[str, Json], edges: list[dict[str, Json]], since: 
         if kinds[change]
     ]
     click.echo(f"In the last {since}: {'; '.join(parts) or 'nothing that was seen would change'}.")
-    click.echo(f"{kinds['none']} edges ({totals['none']} requests) stay as they are.")
+    click.echo(f"Unchanged: {_counted(kinds['none'], 'edge')} ({_counted(totals['none'], 'request')}).")
     _print_coverage(report)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _report_row(edge: dict[str, Json]) -> list[str]:
@@ -263,7 +267,7 @@ def _print_coverage(report: dict[str, Json]) -> None:
     """How far the answer can be trusted."""
     answered, missing = report.get("Answered"), report.get("Missing")
     count = len(answered) if isinstance(answered, list) else 0
-    click.echo(f"Asked {count} agents.")
+    click.echo(f"Asked {_counted(count, 'agent')}.")
     if isinstance(missing, list) and missing:
         names = ", ".join(map(str, missing))
         click.echo(f"Warning: no answer from {names}: what their services were asked is not in this report.", err=True)

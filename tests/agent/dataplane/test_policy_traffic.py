@@ -4,13 +4,15 @@ import hashlib
 import socket
 
 import pytest
+from msgspec.structs import replace
 from peers import TIMEOUT_S, Peer
+from processes import wait_until
 
 from agent.dataplane.control import Observed
 from mesh.authz.observed import Edge, ObservedListener
 from mesh.http.path import PathPolicy
 from mesh.model.match import NamedMatch, PathMatch, StringMatch
-from mesh.proxy.sidecar_config import Permission, SourceRule
+from mesh.proxy.sidecar_config import AccessLogConfig, Permission, SourceRule
 
 GET = b"GET %s HTTP/1.1\r\nHost: api\r\n%s\r\n"
 UPGRADE = b"Connection: upgrade\r\nUpgrade: websocket\r\n"
@@ -107,6 +109,36 @@ def test_audit_lets_requests_in_counts_them_and_says_so(pair):
     )
     hops.apply(default_allow=False, audit=True)
     assert ask(hops.tls_client("cart"), b"/public") == (200, b"hello")
+
+
+def test_the_access_log_says_which_rule_decided(pair, tmp_path):
+    log = tmp_path / "access.log"
+    rules = (
+        SourceRule("web", None, (Permission("deny", path=under("/admin")), Permission("allow", path=under("/")))),
+        SourceRule("cart", "deny", audit=True),
+    )
+    hops = pair.hops(default_allow=False, intentions=rules)
+    hops.serve(HELLO)
+    text_format = "%REQ(:PATH)% %POLICY_DECISION% | %RESPONSE_CODE_DETAILS%\n"
+    config = hops.apply(default_allow=False, intentions=rules)
+    sidecars = tuple(
+        replace(one, access_log=AccessLogConfig(str(log), text_format)) if one.inbound is not None else one
+        for one in config.sidecars
+    )
+    pair.worker.configure(replace(config, version=pair.next_version(), sidecars=sidecars))
+    web = hops.tls_client("web")
+    ask(web, b"/a")
+    ask(web, b"/admin")
+    ask(hops.tls_client("cart"), b"/c")
+    ask(hops.tls_client("other"), b"/d")
+    pair.worker.configure(replace(config, version=pair.next_version()))  # closes the log
+    wait_until(lambda: log.exists() and log.read_text().count("\n") == 4)
+    assert sorted(log.read_text().splitlines()) == [
+        "/a allowed: web=>api permission 2 allow | via_upstream",
+        "/admin denied: web=>api permission 1 deny | rbac_access_denied_matched_policy[web=>api_permission_1_deny]",
+        "/c audit-denied: rule cart=>api deny | via_upstream",
+        "/d denied: default | rbac_access_denied_matched_policy[none]",
+    ]
 
 
 def test_an_audited_tcp_service_takes_connections_and_counts_them(pair):
