@@ -3,6 +3,7 @@
 import random
 from bisect import bisect_right
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import accumulate
 
 import msgspec
@@ -33,6 +34,7 @@ from mesh.traffic.route import (
     WeightedTarget,
 )
 
+ROUTERS_KEPT = 512  # compiled tables kept for the next configuration
 HOSTS_REMEMBERED_MAX = 1024  # authorities whose virtual host is remembered, per router
 
 _ORIGINAL_PATH = b"x-envoy-original-path"
@@ -305,3 +307,16 @@ class Router:
             if rules is None:
                 return None
         return rules.first(head, source)
+
+
+@lru_cache(maxsize=ROUTERS_KEPT)
+def compile_routes(
+    table: RouteTable, default_target: str, source: str | None, metadata: tuple[tuple[str, str], ...] | None, port: int
+) -> Router:
+    """The router of a listener, the same object for the same table: a change of endpoints compiles no routes.
+
+    Arguments and errors as Router's.
+    """
+    return Router(
+        table, default_target=default_target, source=source, source_metadata=metadata, port=port, scheme="http"
+    )
