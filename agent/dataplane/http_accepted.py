@@ -40,8 +40,8 @@ class HttpAccepted(Connection):
     """A connection that a client opened to one of our listeners: requests in, one exchange at a time, in order."""
 
     __slots__ = (
-        "_backlog", "_head_began", "_processing", "_relay", "client_cert", "codec", "exchange", "peer", "service", "source",
-        "valid_until_s",
+        "_backlog", "_head_began", "_processing", "_relay", "client_cert", "codec", "exchange", "peer", "service",
+        "source", "valid_until_s",
     )  # fmt: skip
 
     def __init__(self, reactor: Reactor, sock: socket.socket, service: Service, peer: str) -> None:

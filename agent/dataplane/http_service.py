@@ -2,20 +2,37 @@
 
 import bisect
 import time
+from functools import lru_cache
+
+import msgspec
 
 from agent.dataplane.access_log import AccessLog
 from agent.dataplane.http_accepted import HttpAccepted
 from agent.dataplane.metrics import LATENCY_BOUNDS_MS, ListenerMetrics
 from agent.dataplane.reactor import Reactor
+from agent.dataplane.routing import Dress, Routing, rate_limited, with_cookie
 from agent.dataplane.taps import Watcher
 from agent.dataplane.target import Target
 from agent.dataplane.tracing import Tracer
 from mesh.http.head import Headers, RequestHead
 from mesh.proxy.client_cert import without
+from mesh.proxy.compiled_routes import compile_routes
 from mesh.proxy.exchange import Exchange
+from mesh.proxy.rate_limit import TokenBucket
 from mesh.proxy.replies import Reply
-from mesh.proxy.sidecar_config import IDLE_TIMEOUT_S
+from mesh.proxy.retry import OVERRIDE_HEADERS
 from mesh.proxy.trace_context import TraceContext
+from mesh.traffic.policy import RateLimit
+from mesh.traffic.route import RouteTable
+
+Metadata = tuple[tuple[str, str], ...]
+
+_EXPECTED_TIMEOUT = b"x-envoy-expected-rq-timeout-ms"
+
+
+@lru_cache(maxsize=256)
+def _expected_timeout(seconds: float) -> Headers:
+    return ((_EXPECTED_TIMEOUT, b"%d" % round(seconds * 1000.0)),)
 
 
 class HttpService:
@@ -25,6 +42,10 @@ class HttpService:
         self.reactor = reactor
         self.metrics = metrics
         self.target = target
+        self.targets: dict[str, Target] = {target.name: target}
+        self.routing: Routing | None = None
+        self.bucket: TokenBucket | None = None
+        self.dress: Dress | None = None
         self.tracer = tracer
         self.rng = target.rng
         self.name = metrics.labels.get("upstream", "public_listener")
@@ -48,12 +69,6 @@ class HttpService:
         exchange.retry = target.retry
         accepted.exchange = exchange
         self.metrics.requests += 1
-        timeout_s = self.request_timeout_s
-        if timeout_s:
-            exchange.request_timeout_s = timeout_s
-            if ended:
-                exchange.request_deadline = now + timeout_s
-        accepted.set_deadline(min(now + IDLE_TIMEOUT_S, exchange.request_deadline))
         if self.draining:
             accepted.codec.must_close = True
         if self.inbound and (refusal := self.refusal(accepted, exchange)) is not None:
@@ -61,9 +76,54 @@ class HttpService:
             exchange.request_ended = ended
             exchange.fail(refusal)
             return exchange
+        bucket, routing = self.bucket, self.routing
+        answer: Reply | None = None
+        if bucket is not None and not bucket.take(now):
+            answer = rate_limited(bucket.policy)
+        elif routing is not None:
+            answer = routing.choose(exchange, accepted)
+            target = exchange.target
+        else:
+            exchange.request_timeout_s = self.request_timeout_s
+            exchange.dress = self.dress
         exchange.forwarded = self._forwarded(accepted, exchange, request)
-        exchange.begin(body, ended=ended)
+        if exchange.request_timeout_s and ended:
+            exchange.request_deadline = now + exchange.request_timeout_s
+        accepted.set_deadline(min(now + exchange.idle_s, exchange.request_deadline))
+        if target.request_hash is not None:
+            exchange.request_hash, cookie = target.request_hash(request, accepted.peer.encode())
+            if cookie is not None:
+                exchange.dress = with_cookie(exchange.dress, cookie)
+        if routing is not None:
+            routing.begin(exchange, accepted, body, answer, ended=ended)
+        else:
+            exchange.begin(body, ended=ended, answer=answer)
         return exchange
+
+    def set_routes(
+        self, table: RouteTable, *, default_target: str, source: str | None, metadata: Metadata | None, port: int
+    ) -> None:
+        """The listener's routes from now on. `source` is the calling service when all callers are one."""
+        if not table.hosts and table == RouteTable(name=table.name):
+            self.routing = None
+            return
+        router = compile_routes(table, default_target, source, metadata, port)
+        former = self.routing
+        if former is None or former.router is not router:
+            self.routing = Routing(self.reactor, self.rng, router, outbound=not self.inbound)
+            self.routing.adopt(former)
+        assert self.routing is not None
+        self.routing.targets = self.targets
+        self.routing.request_timeout_s = self.request_timeout_s
+
+    def set_rate_limit(self, policy: RateLimit | None) -> None:
+        """The listener's own limit from now on; its tokens stay."""
+        if policy is None:
+            self.bucket = None
+        elif self.bucket is None:
+            self.bucket = TokenBucket(policy, self.rng, now=self.reactor.now)
+        elif self.bucket.policy != policy:
+            self.bucket.set_policy(policy, self.reactor.now)
 
     def refusal(self, accepted: HttpAccepted, exchange: Exchange) -> Reply | None:
         """Policy's answer to a request that the rules of the moment do not let in; its reason goes on the exchange."""
@@ -93,6 +153,18 @@ class HttpService:
             request_id = b"%b-%b-4%b-a%b-%b" % (bits[:8], bits[8:12], bits[13:16], bits[17:20], bits[20:])
             headers += ((b"x-request-id", request_id),)
         headers, exchange.context = self.tracer.trace(headers, named)
+        if not self.inbound:
+            expected_s = exchange.retry.per_try_timeout_s or exchange.request_timeout_s
+            if _EXPECTED_TIMEOUT in named:
+                headers = tuple(pair for pair in headers if pair[0] != _EXPECTED_TIMEOUT)
+            if expected_s:
+                headers += _expected_timeout(expected_s)
+        if not OVERRIDE_HEADERS.isdisjoint(named):
+            head = msgspec.structs.replace(request, headers=headers)
+            head, exchange.retry, exchange.request_timeout_s = exchange.retry.with_headers(
+                head, exchange.request_timeout_s, honored=not self.inbound
+            )
+            return head
         if headers is request.headers:
             return request
         return RequestHead(
@@ -157,4 +229,5 @@ class HttpService:
                 accepted.set_deadline(min(accepted.deadline, self.reactor.now + idle_s))
             else:
                 accepted.close()
-        self.target.close()
+        for target in self.targets.values():
+            target.close()

@@ -61,6 +61,10 @@ class InboundHttp(HttpService):
         self.connections_max = listener.connections_max
         self.request_timeout_s = listener.request_timeout_s
         self.target.update(_local_target(listener))
+        self.set_rate_limit(listener.rate_limit)
+        self.set_routes(
+            listener.routes, default_target="local_app", source=None, metadata=None, port=listener.bind_port
+        )
         for accepted in self.accepted:
             accepted.codec.path_policy = self._path_policy
         if self._gate.update(listener, identity):

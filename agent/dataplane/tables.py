@@ -23,7 +23,7 @@ from mesh.authz.observed import ObservedListener
 from mesh.errors import ConfigError
 from mesh.proxy.description import Description, Refusal
 from mesh.proxy.resources import ListenerKey, ServedListener, changes, listeners
-from mesh.proxy.sidecar_config import InboundListener, SidecarConfig, WorkerConfig, check
+from mesh.proxy.sidecar_config import InboundListener, SidecarConfig, TargetConfig, WorkerConfig, check
 from mesh.proxy.trace_context import TraceForm
 
 SPANS_TIMEOUT_S = 2.0  # for the last spans, when the worker ends
@@ -50,23 +50,23 @@ def _listener_labels(served: ServedListener) -> dict[str, str]:
     return labels
 
 
-def _target_labels(served: ServedListener) -> dict[str, str]:
-    sidecar, listener = served.sidecar, served.listener
+def _target_labels(sidecar: SidecarConfig, target: TargetConfig | None) -> dict[str, str]:
+    """`target` None: the local application."""
     labels = {
         "local_cluster": sidecar.service,
         "consul_source_service": sidecar.service,
         "consul_source_datacenter": sidecar.datacenter,
         "consul_source_namespace": "default",
     }
-    if isinstance(listener, InboundListener):
+    if target is None:
         return {**labels, "envoy_cluster_name": "local_app"}
     return {
         **labels,
-        "envoy_cluster_name": listener.target.name,
-        "consul_destination_service": listener.target.name,
-        "consul_destination_target": listener.target.name,
-        "consul_destination_datacenter": listener.target.datacenter or sidecar.datacenter,
-        "consul_upstream_service": listener.target.name,
+        "envoy_cluster_name": target.name,
+        "consul_destination_service": target.service or target.name,
+        "consul_destination_target": target.name,
+        "consul_destination_datacenter": target.datacenter or sidecar.datacenter,
+        "consul_upstream_service": target.service or target.name,
     }
 
 
@@ -161,7 +161,7 @@ class Tables:
                 case InboundHttp() | InboundTcp(), InboundListener() as listener:
                     service.update(listener, identity)
                 case OutboundHttp() | OutboundTcp(), listener if not isinstance(listener, InboundListener):
-                    service.update(listener, identity)
+                    service.update(listener, identity, item.sidecar)
                 case _:
                     raise AssertionError("a service's kind is part of its key")
             if isinstance(service, InboundHttp | OutboundHttp):
@@ -182,14 +182,23 @@ class Tables:
             if isinstance(service, HttpService):
                 yield service
 
+    def _new_target(self, sidecar: SidecarConfig, target: TargetConfig | None) -> Target:
+        return Target(self._reactor, self._rng, TargetMetrics(_target_labels(sidecar, target)), self.names)
+
     def _new_service(self, item: ServedListener) -> Service:
         metrics = ListenerMetrics(_listener_labels(item))
-        target = Target(self._reactor, self._rng, TargetMetrics(_target_labels(item)), self.names)
-        inbound = isinstance(item.listener, InboundListener)
-        if item.listener.protocol == "http":
-            kind = InboundHttp if inbound else OutboundHttp
-            return kind(self._reactor, metrics, target, self._tracer)
-        return (InboundTcp if inbound else OutboundTcp)(self._reactor, metrics, target)
+        sidecar, listener = item.sidecar, item.listener
+        http = listener.protocol == "http"
+        if isinstance(listener, InboundListener):
+            target = self._new_target(sidecar, None)
+            if http:
+                return InboundHttp(self._reactor, metrics, target, self._tracer)
+            return InboundTcp(self._reactor, metrics, target)
+        target = self._new_target(sidecar, listener.target)
+        if http:
+            new_target = partial(self._new_target, sidecar)
+            return OutboundHttp(self._reactor, metrics, target, self._tracer, new_target)
+        return OutboundTcp(self._reactor, metrics, target)
 
     # ---- sockets that other workers have, or had
 
@@ -293,7 +302,7 @@ class Tables:
 
 
 def _targets(service: Service) -> tuple[Target, ...]:
-    return (service.target,)
+    return tuple(service.targets.values()) if isinstance(service, HttpService) else (service.target,)
 
 
 def _is_inbound(service: Service) -> bool:
@@ -310,7 +319,8 @@ def _dialed_addresses(config: WorkerConfig) -> set[str]:
         endpoint.address
         for sidecar in config.sidecars
         for listener in sidecar.outbound
-        for endpoint in listener.target.endpoints
+        for target in (listener.target, *listener.targets)
+        for endpoint in target.endpoints
     }
     return outbound | {sidecar.inbound.local_address for sidecar in config.sidecars if sidecar.inbound is not None}
 

@@ -39,6 +39,7 @@ class Target:
         self.reactor = reactor
         self.metrics = metrics
         self.transport: Transport
+        self.identity: object | None = None  # under which it was made
         self.config = TargetConfig(self.name, ())
         self.breaker = Breaker(self.config.limits)
         self.retry: RetryRules = SAFE_RULES
@@ -255,6 +256,8 @@ class Target:
                 attempt.refused(NO_HEALTHY_UPSTREAM)
                 return
         self.metrics.requests += 1
+        if breaker.deposit is not None and not exchange.hosts_tried:
+            breaker.deposit(now)
         exchange.hosts_tried = exchange.hosts_tried + endpoint.hosts if exchange.hosts_tried else endpoint.hosts
         if not endpoint.carry(attempt):
             attempt.refused(OVERFLOW)

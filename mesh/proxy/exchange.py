@@ -32,7 +32,7 @@ from mesh.proxy.retry import SAFE_RETRIES, FailureKind, RetryRules, compile_retr
 from mesh.proxy.sidecar_config import IDLE_TIMEOUT_S
 
 if TYPE_CHECKING:
-    from mesh.proxy.router import Route
+    from mesh.proxy.router import Route, RouteTarget
 
 SAFE_RULES = compile_retry(SAFE_RETRIES)  # of a target without a policy
 
@@ -194,7 +194,7 @@ class Exchange:
 
     __slots__ = (
         "_again", "_details", "_held", "_request_trailers", "_retained", "_retained_bytes", "_timer", "_waiting",
-        "attempts", "bytes_received", "bytes_sent", "caller", "channel", "context", "decision", "dispatcher", "done",
+        "attempts", "bytes_received", "bytes_sent", "caller", "channel", "chosen", "context", "decision", "dispatcher", "done",
         "dress", "endpoint", "endpoint_host", "far", "flags", "forwarded", "hosts_tried", "idle_s", "mirrors", "probe",
         "replayable", "reply_body", "request", "request_deadline", "request_ended", "request_ended_at", "request_hash",
         "request_timeout_s", "resets", "response_at", "response_head", "response_started", "retry", "route", "sent_at",
@@ -216,6 +216,7 @@ class Exchange:
         self.hosts_tried: tuple[str, ...] = ()
         self.context: object | None = None  # the dispatcher's: a span
         self.route: Route | None = None
+        self.chosen: RouteTarget | None = None  # of the route
         self.retry: RetryRules = SAFE_RULES
         self.dress: Callable[[Exchange, ResponseHead], ResponseHead] | None = None  # the response's head on its way
         self.mirrors: tuple[Exchange, ...] = ()
