@@ -163,7 +163,11 @@ class WorkerSupervisor:
                 nursery.start_soon(ask, worker)
         if failures and not texts:
             raise failures[0]
-        return self._statistics.merged(texts.values())
+        if not texts:
+            return ""
+        own = f"# TYPE mesh_worker_starts counter\nmesh_worker_starts {self._starts}\n"
+        own += f"# TYPE mesh_workers gauge\nmesh_workers {len(texts)}\n"
+        return self._statistics.merged(texts.values()) + own
 
     async def stop(self, *, drain: bool) -> None:
         """Ends the supervision. `drain` (a graceful leave): the workers finish what is open, inbound first, and exit,
@@ -436,7 +440,7 @@ class WorkerSupervisor:
             else:
                 seen |= sockets
                 found.append(one)
-        found.reverse()  # the oldest first: each comes to the place that it had
+        found.reverse()  # the oldest have the first places
         for place, one in zip(self._places, found, strict=False):
             self._sockets.put(place.number, one.sockets)
             place.path = one.worker.path

@@ -12,13 +12,14 @@ from sidecars import Authority, loopback_address
 from test_supervisor import is_alive
 
 from agent.dataplane import place as place_module
+from agent.dataplane import supervisor as supervisor_module
 from agent.dataplane.control import REQUESTS, Ack, Drain, FrameReader, Ping, Pong, Stats, StatsReply, frame
 from agent.dataplane.place import Worker
 from agent.dataplane.sockets import SocketTable, listen
 from agent.dataplane.supervisor import WorkerSupervisor
 from agent.dataplane.worker_statistics import WorkerStatistics
 from agent.runtime import Runtime
-from mesh.errors import ConfigError, Refused
+from mesh.errors import ConfigError, Refused, Unreachable
 from mesh.proxy.resources import ListenerKey
 from mesh.proxy.sidecar_config import WorkerConfig
 
@@ -116,6 +117,7 @@ async def test_all_workers_share_the_traffic_and_enforce_what_configure_has_retu
     ]
     assert len(shares) == 2
     assert all(share > 0 for share in shares)
+    assert "\nmesh_workers 2\n" in await supervisor.stats()
     lines = [
         line for line in (await supervisor.stats()).splitlines() if line.startswith("envoy_listener_downstream_cx_t")
     ]
@@ -202,6 +204,46 @@ async def test_what_one_worker_refuses_the_others_give_back(host, nursery, monke
     assert await host.statuses() == {200}
 
 
+async def test_a_configuration_that_kills_reaches_two_workers_at_most(host, nursery, monkeypatch):
+    supervisor = await host.supervise(nursery, 3)
+    await supervisor.configure(host.config())
+    before = await host.all_ready(supervisor, 3)
+    configure, hit = Worker.configure, []
+
+    async def dies(self, config, sockets, place):
+        if any(sidecar.inbound and sidecar.inbound.connections_max == 66 for sidecar in config.sidecars):
+            hit.append(self.pid)
+            raise Unreachable("it died")
+        return await configure(self, config, sockets, place)
+
+    monkeypatch.setattr(Worker, "configure", dies)
+    with pytest.raises(Unreachable, match="it died"):
+        await supervisor.configure(host.config(connections_max=66))
+    assert hit == before[:2]
+    assert await host.statuses(30) == {200}
+    after = await host.all_ready(supervisor, 3)
+    assert after[2] == before[2]
+    assert not set(after[:2]) & set(before)
+
+
+async def test_while_no_worker_can_be_started_connections_are_refused_and_do_not_hang(host, nursery, monkeypatch):
+    supervisor = await host.supervise(nursery, 1)
+    await supervisor.configure(host.config())
+    (pid,) = await host.all_ready(supervisor, 1)
+
+    async def cannot(*arguments, **options):
+        raise Unreachable("no memory")
+
+    monkeypatch.setattr(supervisor_module, "start_worker", cannot)
+    os.kill(pid, signal.SIGKILL)
+    with trio.fail_after(20):
+        while not host.refuses(OUTBOUND):
+            await trio.sleep(0.02)
+    monkeypatch.undo()
+    await host.all_ready(supervisor, 1)
+    assert await host.statuses() == {200}
+
+
 async def test_a_port_that_a_stranger_has_is_refused_and_nothing_is_left_behind(host, nursery):
     supervisor = await host.supervise(nursery)
     await supervisor.configure(host.config())
@@ -223,7 +265,7 @@ async def test_the_next_agent_takes_all_workers_over_with_their_sockets(host, nu
         agent.cancel_scope.cancel()  # as a crash does: nothing is said to the workers
     assert await host.statuses() == {200}
     supervisor = await host.supervise(nursery)
-    assert await host.all_ready(supervisor) == before
+    assert set(await host.all_ready(supervisor)) == set(before)
     assert supervisor.starts == 0
     assert not supervisor.fresh
     await supervisor.configure(host.config())
