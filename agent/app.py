@@ -15,7 +15,6 @@ from agent.backend import Backend
 from agent.cluster import ClientCluster, ServerCluster, open_server
 from agent.config import PORT_OFF, AgentConfig, node_id, prepare_data_dir
 from agent.dataplane.views import WorkerViews
-from agent.edges import observed_here
 from agent.host import Host, own_node
 from agent.http.agent_api import AgentApi
 from agent.http.agent_connect import AgentConnectApi
@@ -257,7 +256,7 @@ class Agent:
                 backend,
                 datacenter,
                 gather=self._cluster.backend.gather_edges,
-                observed_here=lambda since_s: observed_here(host.supervisor, since_s),
+                observed_here=host.traffic.observed,
                 default_allow=default_allow,
             ).routes(),
             *ConfigApi(backend, datacenter, self._runtime).routes(),

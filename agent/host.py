@@ -18,7 +18,7 @@ from agent.config import AgentConfig
 from agent.dataplane.supervisor import WorkerSupervisor
 from agent.dataplane.worker_process import default_workers
 from agent.definitions import configured_checks, configured_services
-from agent.edges import EdgePolls, EdgeReporter
+from agent.edges import EdgePolls, EdgeReporter, TrafficMemory
 from agent.leaves import LeafManager
 from agent.local_state import LocalState
 from agent.membership import parse_server
@@ -126,7 +126,8 @@ class Host:
             default_allow=config.default_intention_policy == "allow",
             tracing=tracing_from_environment(),
         )
-        self._edges = EdgeReporter(polls, self.supervisor, runtime.random_source("edges"), node=config.node_name)
+        self.traffic = TrafficMemory(self.supervisor)
+        self._edges = EdgeReporter(polls, self.traffic, runtime.random_source("edges"), node=config.node_name)
         self._is_stopping = False
         self._syncing = trio.CancelScope()
 
@@ -159,6 +160,7 @@ class Host:
             nursery.start_soon(self._keep_running, "worker supervisor", self.supervisor.run)
             nursery.start_soon(self._keep_running, "sidecars", self.sidecars.run)
             nursery.start_soon(self._keep_running, "edge reporter", self._edges.run)
+            nursery.start_soon(self._keep_running, "traffic memory", self.traffic.run)
             task_status.started()
 
     async def _run_synchronizer(self) -> None:

@@ -6,10 +6,13 @@ from functools import partial
 import pytest
 import trio
 import trio.testing
+from msgspec.structs import replace
 
+from agent.dataplane.control import Observed, ObservedReply
 from agent.edge_board import GATHER_S, GATHERS_MAX, POLL_S, EdgeBoard
-from agent.edges import EdgeReporter
+from agent.edges import EdgeReporter, TrafficMemory
 from agent.rpc.calls import CALLS, EDGES_GATHERED, EdgesAsked, EdgesGathered, EdgesPollCall
+from agent.rpc.frames import CALL_BYTES_MAX
 from mesh.authz.observed import Edge, ObservedListener
 from mesh.errors import LimitExceeded, NotLeader, Unreachable
 
@@ -130,13 +133,61 @@ class Polls:
         return step
 
 
-class NoWorkers:
-    workers = ()
+class Worker:
+    """Answers with what it saw; None: it does not answer."""
+
+    protocol = 3
+
+    def __init__(self, pid: int, seen: tuple[ObservedListener, ...] | None) -> None:
+        self.pid, self.seen, self.client = pid, seen, self
+
+    async def call(self, request: Observed, *, timeout_s: float) -> ObservedReply:
+        await trio.lowlevel.checkpoint()
+        if self.seen is None:
+            raise Unreachable("no answer")
+        return ObservedReply(self.seen)
+
+
+class Supervisor:
+    def __init__(self, *workers: Worker) -> None:
+        self.workers = workers
+
+
+async def test_what_several_workers_saw_is_one_answer(autojump_clock):
+    memory = TrafficMemory(Supervisor(Worker(1, saw("api", 1)), Worker(2, saw("api", 2)), Worker(3, None)))
+    assert await memory.observed(60.0) == saw("api", 3)
+    with pytest.raises(Unreachable):
+        await TrafficMemory(Supervisor(Worker(3, None))).observed(60.0)
+    old = Worker(4, saw("api", 1))
+    old.protocol = 2
+    assert await TrafficMemory(Supervisor(old)).observed(60.0) == ()
+
+
+async def test_what_a_worker_saw_outlives_it_for_as_long_as_it_matters(autojump_clock, nursery):
+    supervisor = Supervisor(Worker(1, saw("api", 5)))
+    memory = TrafficMemory(supervisor)
+    nursery.start_soon(memory.run)
+    await trio.sleep(90.0)
+    supervisor.workers = (Worker(2, (replace(saw("api", 1)[0], observed_s=1.0),)),)
+    await trio.sleep(10.0)
+    assert await memory.observed(900.0) == (replace(saw("api", 6)[0], observed_s=60.0 + 40.0),)
+    assert (await memory.observed(30.0))[0].edges == saw("api", 1)[0].edges  # it was gone by then
+    await trio.sleep(3600.0)
+    assert (await memory.observed(3600.0))[0].edges == saw("api", 1)[0].edges
+
+
+async def test_an_answer_is_bounded_and_says_what_it_leaves_out(autojump_clock):
+    edges = tuple(Edge("web", "GET", f"/{number}", number + 1, 0) for number in range(15_000))
+    seen = tuple(ObservedListener(name, True, 60.0, edges) for name in ("a", "b"))
+    answer = await TrafficMemory(Supervisor(Worker(1, seen))).observed(60.0)
+    assert [len(one.edges) for one in answer] == [10_000, 10_000]
+    assert answer[0].left_out == sum(range(1, 5001))
+    assert len(CALLS.encode(EdgesPollCall("c1", 1, answer))) < CALL_BYTES_MAX
 
 
 async def test_an_agent_answers_what_it_was_asked_and_outlives_failures(autojump_clock, nursery):
     polls = Polls()
-    reporter = EdgeReporter(polls, NoWorkers(), random.Random(1), node="c1")
+    reporter = EdgeReporter(polls, TrafficMemory(Supervisor()), random.Random(1), node="c1")
     nursery.start_soon(reporter.run)
     await trio.sleep(5.0)
     assert polls.calls == [EdgesPollCall("c1")] * 3 + [EdgesPollCall("c1", 3, ())]
