@@ -63,10 +63,15 @@ def _some(rng, values, share):
     return tuple(value for value in values if rng.random() < share)
 
 
-def _text_match(rng, *, kinds=("exact", "exact", "exact", "prefix", "suffix", "contains", "regex", "present")):
+_TEXT_KINDS = ("exact", "exact", "exact", "prefix", "suffix", "contains", "regex", "present")
+
+
+def _text_match(rng, *, kinds=_TEXT_KINDS, inverted=0.2):
     kind = rng.choice(kinds)
     value = "" if kind == "present" else rng.choice(_TEXT_REGEXES if kind == "regex" else [t for t in _TEXTS if t])
-    return StringMatch(kind, value, ignore_case=kind != "present" and rng.random() < 0.2, invert=rng.random() < 0.2)
+    return StringMatch(
+        kind, value, ignore_case=kind != "present" and rng.random() < 0.2, invert=rng.random() < inverted
+    )
 
 
 def _path_match(rng):
@@ -85,7 +90,7 @@ def _match(rng, *, plain):
         query=maybe(
             0.2,
             lambda: tuple(
-                NamedMatch(name, _text_match(rng, kinds=("exact", "regex", "present")))
+                NamedMatch(name, _text_match(rng, kinds=("exact", "regex", "present"), inverted=0.0 if plain else 0.2))
                 for name in _some(rng, _PARAMETERS, 0.6)
             ),
         ),
