@@ -39,6 +39,8 @@ GET_A = Edge("web", "GET", "/a", 10, 0, ("/a",))
         (ALLOW, [l7(permit("allow", PathPrefix="/b"))], "cut"),
         (ALLOW, [l7(permit("allow", PathPrefix="/a", Header=[{"Name": "x", "Present": True}]))], "may-cut"),
         (ALLOW, [l7(permit("deny", PathPrefix="/a"), audit=True)], "audited"),
+        ([l7(permit("deny", PathPrefix="/a"), audit=True)], [l7(permit("deny", PathPrefix="/a"))], "cut"),
+        ([l7(permit("deny", PathPrefix="/a"), audit=True)], ALLOW, "none"),
         ([], ALLOW, "opened"),
         ([], [Intention("*", "*", "allow")], "opened"),
         ([], [l7(permit("allow", Header=[{"Name": "x", "Present": True}]))], "may-open"),
