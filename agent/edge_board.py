@@ -16,6 +16,7 @@ from mesh.errors import LimitExceeded, NotLeader
 POLL_S = 60.0  # an agent's open call
 GATHER_S = 3.0  # for all answers; who has not answered by then is named as missing
 GATHERS_MAX = 8  # waiting for their turn
+EXPECTED_CHECK_S = 0.1
 
 
 class EdgeBoard:
@@ -77,7 +78,8 @@ class EdgeBoard:
             with trio.move_on_after(GATHER_S):
                 while not set(expected()) <= self._answers.keys():
                     self._answered = trio.Event()
-                    await self._answered.wait()
+                    with trio.move_on_after(EXPECTED_CHECK_S):  # who has failed meanwhile is no longer waited for
+                        await self._answered.wait()
             missing = tuple(sorted(set(expected()) - self._answers.keys()))
             listeners = merged([one for _, seen in sorted(self._answers.items()) for one in seen])
             return EdgesGathered(listeners, tuple(sorted(self._answers)), missing)

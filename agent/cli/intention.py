@@ -271,10 +271,12 @@ def _print_coverage(report: dict[str, Json]) -> None:
     if isinstance(missing, list) and missing:
         names = ", ".join(map(str, missing))
         click.echo(f"Warning: no answer from {names}: what their services were asked is not in this report.", err=True)
-    wanted = report.get("Since")
+    wanted, short = report.get("Since"), []
     for one in _objects(report.get("Observed")):
         seconds, left_out = one.get("Seconds"), one.get("LeftOut")
         if isinstance(seconds, int | float) and isinstance(wanted, int | float) and seconds < wanted:
-            click.echo(f"Note: {one.get('Service')} has been watched for {seconds:.0f} s only.", err=True)
+            short.append(f"{one.get('Service')} for {seconds:.0f} s")
         if left_out:
             click.echo(f"Warning: {left_out} requests to {one.get('Service')} are not in this report.", err=True)
+    if short:
+        click.echo(f"Note: watched for less than that: {', '.join(short)}.", err=True)

@@ -53,6 +53,13 @@ async def test_who_does_not_answer_in_time_is_named(autojump_clock, nursery):
     assert gathered == EdgesGathered(saw("api", 1), ("c1",), ("gone",))
 
 
+async def test_an_agent_that_fails_meanwhile_is_no_longer_waited_for(autojump_clock):
+    started = trio.current_time()
+    expected = lambda: ["dying"] if trio.current_time() < started + 1.0 else []  # noqa: E731
+    assert await EdgeBoard().gather(60.0, expected) == EdgesGathered((), (), ())
+    assert trio.current_time() < started + 1.2
+
+
 async def test_an_agent_that_comes_during_the_question_is_asked_too(autojump_clock, nursery):
     board = EdgeBoard()
     results = []

@@ -70,7 +70,7 @@ def test_what_was_seen_decides_what_a_proposal_would_cut(running):
     assert "would be cut" in result.stdout
     assert "GET /admin" in result.stdout
     assert "Asked 3 agents." in result.stdout
-    assert "Note: api has been watched for" in result.stderr
+    assert "Note: watched for less than that: api for" in result.stderr
 
     audited = dry_run(running, {**tight, "Meta": {"mesh-intentions": "audit"}}, "-format=json")
     assert audited.returncode == 0, audited.stdout
