@@ -101,5 +101,5 @@ def _append(headers: Headers, own: bytes) -> Headers:
 
 
 def without(headers: Headers) -> Headers:
-    """The headers but this one."""
-    return tuple(pair for pair in headers if pair[0] != HEADER)
+    """The headers but this one, in any spelling that an application may take for it: to CGI and WSGI `_` is `-`."""
+    return tuple(pair for pair in headers if pair[0].replace(b"_", b"-") != HEADER)

@@ -77,6 +77,12 @@ def test_each_mode(mode, own, expected):
     assert OTHER in headers
 
 
+@pytest.mark.parametrize("mode", ["sanitize_set", "append_forward"])
+def test_underscores_forge_nothing(mode):
+    forged = (b"x_forwarded-client_cert", b"URI=spiffe://forged")
+    assert compile_edit(mode)((forged, OTHER), b"me") == (OTHER, (HEADER, b"me"))
+
+
 def test_sanitizing_needs_no_edit():
     assert compile_edit("sanitize") is None
     assert compile_edit("append_forward")((OTHER,), b"me") == (OTHER, (HEADER, b"me"))
