@@ -69,9 +69,16 @@ _TEXT_KINDS = ("exact", "exact", "exact", "prefix", "suffix", "contains", "regex
 def _text_match(rng, *, kinds=_TEXT_KINDS, inverted=0.2):
     kind = rng.choice(kinds)
     value = "" if kind == "present" else rng.choice(_TEXT_REGEXES if kind == "regex" else [t for t in _TEXTS if t])
-    return StringMatch(
-        kind, value, ignore_case=kind != "present" and rng.random() < 0.2, invert=rng.random() < inverted
-    )
+    ignore_case = kind != "present" and rng.random() < 0.2
+    return StringMatch(kind, value, ignore_case, invert=rng.random() < inverted)
+
+
+def _envoys(named):
+    """The same, unless it is inverted and holds of empty text: to Envoy a header that is missing is empty then."""
+    match = named.match
+    if match.kind == "regex" and match.invert and re.fullmatch(match.value, ""):
+        return NamedMatch(named.name, StringMatch(match.kind, match.value, match.ignore_case))
+    return named
 
 
 def _path_match(rng):
@@ -84,9 +91,14 @@ def _match(rng, *, plain):
     def maybe(share, make, otherwise=()):
         return make() if rng.random() < share else otherwise
 
+    def header(named):
+        return _envoys(named) if plain else named
+
     return RouteMatch(
         path=maybe(0.8, lambda: _path_match(rng), None),
-        headers=maybe(0.4, lambda: tuple(NamedMatch(name, _text_match(rng)) for name in _some(rng, _NAMES, 0.4))),
+        headers=maybe(
+            0.4, lambda: tuple(header(NamedMatch(name, _text_match(rng))) for name in _some(rng, _NAMES, 0.4))
+        ),
         query=maybe(
             0.2,
             lambda: tuple(
