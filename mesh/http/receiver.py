@@ -4,6 +4,7 @@ llhttp reads heads, exactly one at a time and nothing else; where a head ends, w
 next message begins is decided here. So each start line can be judged by stricter rules than llhttp's.
 """
 
+from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
 
 import httptools
@@ -32,7 +33,7 @@ class Refusal(Exception):
 Parser = TypeVar("Parser", httptools.HttpRequestParser, httptools.HttpResponseParser)
 
 
-class Receiver(Generic[Parser]):
+class Receiver(ABC, Generic[Parser]):
     """What both directions share. A subclass reads heads (`_receive_head`) and says what ends a message means."""
 
     __slots__ = ("_chunks", "_events", "_head_bytes", "_in_head", "_parser", "_raw", "_remaining", "closed", "unparsed",
@@ -70,9 +71,9 @@ class Receiver(Generic[Parser]):
             if self.upgraded:
                 self.unparsed += data[position:]
 
+    @abstractmethod
     def _receive_head(self, data: bytes, position: int) -> int:
         """Reads on in a head, or begins one; where reading stopped. Raises Refusal."""
-        raise NotImplementedError
 
     def _receive_body(self, data: bytes, position: int) -> int:
         chunks = self._chunks
