@@ -101,7 +101,7 @@ class Tables:
         bound: list[Listener] = []
         logs = self._logs.prepare(
             (sidecar.access_log for sidecar in config.sidecars),
-            otlp_endpoint=config.tracing_endpoint or self._default_tracing_endpoint,
+            otlp_endpoint=self._otlp_endpoint_of(config),
         )
         try:
             # A listener that is already bound (left over from a NACK, say) is never bound twice.
@@ -127,9 +127,17 @@ class Tables:
         if former_tracer is not None:
             former_tracer.shutdown()
 
+    @property
+    def otlp_endpoint(self) -> str:
+        """The collector of this configuration's telemetry; empty: there is none."""
+        return self._otlp_endpoint_of(self.config)
+
+    def _otlp_endpoint_of(self, config: WorkerConfig) -> str:
+        return config.tracing_endpoint or self._default_tracing_endpoint
+
     def _replace_tracer(self, config: WorkerConfig) -> Tracer | None:
         """The tracer until now, when the configuration asks for another one. Raises ConfigError."""
-        tracing = config.tracing_endpoint or self._default_tracing_endpoint, config.trace_sampling, config.trace_form
+        tracing = self._otlp_endpoint_of(config), config.trace_sampling, config.trace_form
         if tracing == self._tracing:
             return None
         try:

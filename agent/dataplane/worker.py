@@ -16,6 +16,7 @@ import socket
 import stat
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import trio
@@ -48,6 +49,7 @@ from agent.dataplane.control import (
 from agent.dataplane.descriptors import SOCKETS_PER_FRAME_MAX, DescriptorStream
 from agent.dataplane.exposition import Exposition
 from agent.dataplane.metrics import Sample
+from agent.dataplane.otlp_metrics import MetricsExport, interval_from_environment
 from agent.dataplane.reactor import Reactor
 from agent.dataplane.tables import Tables
 from agent.version import VERSION
@@ -84,6 +86,7 @@ class Worker:
         self._current: trio.CancelScope | None = None  # the connection of the agent that counts
         self._draining = False
         self._frozen_at = float("-inf")
+        self._metrics_export = MetricsExport(socket.gethostname(), interval_from_environment())
         self._refused: Refusal | None = None  # the last configuration that was
         self._drain = Drain(DRAIN_TIMEOUT_S, DRAIN_IDLE_S)
         self._drain_asked = trio.Event()
@@ -155,6 +158,8 @@ class Worker:
             await trio.sleep(LOG_FLUSH_INTERVAL_S)
             self._tables.flush_logs()
             self._tables.taps.expire()
+            if self._metrics_export.is_due(self._tables.otlp_endpoint, trio.current_time()):
+                self._metrics_export.send([sample async for batch in self._sample_batches() for sample in batch])
 
     async def _watch_agent(self) -> None:
         self._agent_lost_at = trio.current_time()
@@ -277,12 +282,16 @@ class Worker:
     async def _statistics(self) -> StatsReply:
         """All counters. Traffic goes on meanwhile: of thousands of targets there are too many for one turn."""
         exposition = Exposition()
-        exposition.add(self._own_samples())
+        async for batch in self._sample_batches():
+            exposition.add(batch)
+        return StatsReply(exposition.text(), exposition.counters)
+
+    async def _sample_batches(self) -> AsyncIterator[tuple[Sample, ...]]:
+        yield tuple(self._own_samples())
         samples = self._tables.samples()
         while batch := tuple(itertools.islice(samples, SAMPLES_AT_ONCE)):
-            exposition.add(batch)
+            yield batch
             await trio.lowlevel.checkpoint()
-        return StatsReply(exposition.text(), exposition.counters)
 
     def _freeze(self) -> None:
         """What lives as long as the configuration is not worth looking at in every collection."""
