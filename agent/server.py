@@ -329,7 +329,6 @@ class ServerBackend:
                     raise
                 await hold.pause(error)
 
-
     # -- who calls whom
 
     async def poll_edges(self, call: EdgesPollCall) -> EdgesAsked:

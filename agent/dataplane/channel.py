@@ -8,7 +8,7 @@ from agent.dataplane.dialed import CONNECT_TIMED_OUT, Dialed
 from agent.dataplane.reactor import Reactor
 from mesh.http.h1 import END, ClientConnection, Rejected, ResponseEvent, Trailers
 from mesh.http.head import Headers, ResponseHead
-from mesh.proxy.exchange import Attempt
+from mesh.proxy.parties import Attempt
 from mesh.proxy.relay import Relay
 from mesh.proxy.retry import FailureKind
 

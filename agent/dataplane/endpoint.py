@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from agent.dataplane.channel import HttpDialed
 from agent.dataplane.dialed import dial_socket
 from mesh.proxy.balancing import PeakEwma
-from mesh.proxy.exchange import Attempt
 from mesh.proxy.outlier import OutlierRecord
+from mesh.proxy.parties import Attempt
 from mesh.proxy.pool import ConnectionPool
 from mesh.proxy.probation import ProbationGate
 from mesh.proxy.retry import FailureKind

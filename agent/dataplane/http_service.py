@@ -16,11 +16,11 @@ from agent.dataplane.target import Target
 from agent.dataplane.tracing import Tracer
 from mesh.http.head import Headers, RequestHead
 from mesh.proxy.client_cert import without
-from mesh.proxy.compiled_routes import compile_routes
 from mesh.proxy.exchange import Exchange
 from mesh.proxy.rate_limit import TokenBucket
 from mesh.proxy.replies import Reply
 from mesh.proxy.retry import OVERRIDE_HEADERS
+from mesh.proxy.router import compile_routes
 from mesh.proxy.trace_context import TraceContext
 from mesh.traffic.policy import RateLimit
 from mesh.traffic.route import RouteTable
@@ -215,9 +215,7 @@ class HttpService:
         if self.tap is not None:
             self.tap(exchange, ended_at)
         if isinstance(exchange.context, TraceContext):
-            self.tracer.finish(
-                exchange, exchange.context, ended_at, service=self.service_name, inbound=self.inbound
-            )
+            self.tracer.finish(exchange, exchange.context, ended_at, service=self.service_name, inbound=self.inbound)
 
     def drain(self, *, idle_s: float = 0.0) -> None:
         """Requests under way finish; idle connections close, or get `idle_s` for one more request, their last."""

@@ -41,6 +41,7 @@ DRAIN_IDLE_S = 1.0
 OUTBOUND_S = 5.0  # of a leave: the application on this host shuts down too, and still calls others
 REPLACED_TIMEOUT_S = 600.0  # of a worker that another one has replaced, by default: Envoy's drain time
 REPLACED_IDLE_S = 30.0  # its idle connections have this long for one more request
+QUEUE_S = 10.0  # how long connections wait for the first configuration of an agent that has just started
 STOP_PATIENCE_S = 2.0  # for workers being restarted: only the agent holds their sockets
 
 
@@ -322,7 +323,7 @@ class WorkerSupervisor:
             place.last_statistics = ""
             if worker is None and self._accepted is None:
                 self._tell()
-                await self._wanted.wait()
+                await self._wait_wanted(place)
             started = trio.current_time()
             try:
                 await self._live(place, worker or await self._start(nursery))
@@ -335,6 +336,16 @@ class WorkerSupervisor:
             if not self._stopping:
                 _LOG.warning("worker %d of %d: looking for it in %.1f s", place.number + 1, len(self._places), pause_s)
             await trio.sleep(pause_s)
+
+    async def _wait_wanted(self, place: Place) -> None:
+        """Until there is something to configure. What an earlier agent's worker leaves behind waits in its queues only
+        as long as it takes an agent to learn what to serve; then callers are to go elsewhere.
+        """
+        while not self._wanted.is_set():
+            with trio.move_on_after(QUEUE_S):
+                await self._wanted.wait()
+            if not self._wanted.is_set() and not place.serves:
+                self._sockets.close_place(place.number)
 
     async def _live(self, place: Place, worker: Worker) -> None:
         """Until the worker's connection has ended, or that of the last one that has replaced it."""

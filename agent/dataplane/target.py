@@ -12,9 +12,10 @@ from agent.dataplane.transport import Transport
 from mesh.http.head import ResponseHead
 from mesh.proxy.balancing import Balancer, PeakEwma, make_balancer, select
 from mesh.proxy.breaker import Breaker
-from mesh.proxy.exchange import SAFE_RULES, Attempt, Channel, Exchange
+from mesh.proxy.exchange import SAFE_RULES, Exchange
 from mesh.proxy.hashing import RequestHash, compile_hash
 from mesh.proxy.outlier import OutlierDetector, OutlierRecord, status_of_grpc
+from mesh.proxy.parties import Attempt, Channel
 from mesh.proxy.pool import IDLE_TIMEOUT_S
 from mesh.proxy.probation import ProbationGate, outcome_of
 from mesh.proxy.replies import CONNECT_FAILED, NO_HEALTHY_UPSTREAM, OVERFLOW

@@ -6,15 +6,14 @@ once, with `Dispatcher.finished`, and never holds more of a body than its retry 
 returned. What a first try that fails leads to is in `further_tries`; copies of the request are in `mirror`.
 """
 
-import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from mesh.errors import ProtocolError
-from mesh.http.h1 import ClientConnection
 from mesh.http.head import Headers, RequestHead, ResponseHead
 from mesh.proxy.further_tries import FurtherTries
-from mesh.proxy.relay import Pipe, Relay
+from mesh.proxy.parties import Attempt, Caller, Channel, Dispatcher, Target, Timer
+from mesh.proxy.relay import Relay
 from mesh.proxy.replies import (
     CONNECT_FAILED,
     CONNECT_TIMED_OUT,
@@ -50,141 +49,6 @@ _FAILED: dict[FailureKind, Reply] = {
 }
 
 
-class Timer(Protocol):
-    """A call to come."""
-
-    def cancel(self) -> None: ...
-
-
-class Clock(Protocol):
-    """Seconds, and calls at a time."""
-
-    now: float
-
-    def call_at(self, deadline: float, callback: Callable[[], None]) -> Timer: ...
-
-
-class ResponseWriter(Protocol):
-    """How a caller's response is put into bytes."""
-
-    must_close: bool
-
-    @property
-    def unparsed(self) -> bytes: ...
-    def send_response(self, head: ResponseHead, request: RequestHead) -> bytes: ...
-    def send_informational(self, head: ResponseHead) -> bytes: ...
-    def send_body(self, data: bytes) -> bytes: ...
-    def end(self, trailers: Headers = ()) -> bytes: ...
-
-
-class Caller(Pipe, Protocol):
-    """The connection that the request came on."""
-
-    @property
-    def codec(self) -> ResponseWriter: ...
-    def exchange_done(self, *, close: bool) -> None:
-        """The exchange is over; with `close` the connection cannot carry another one."""
-
-    def relay_begins(self, relay: Relay) -> None:
-        """From now on bytes go to the relay."""
-
-    def progress(self) -> None:
-        """Something moved: `idle_s` starts again."""
-
-    def set_deadline(self, deadline: float) -> None:
-        """When to call `deadline_passed`."""
-
-
-class Attempt(Protocol):
-    """One try of a request, as its endpoint and channel see it: the exchange itself, or a hedged second one."""
-
-    endpoint: object | None  # the target's
-    endpoint_host: str
-    done: bool
-    probe: bool  # the endpoint is on probation, and this request decides
-
-    @property
-    def resets(self) -> int:
-        """After one, a new connection is wanted, not an idle one: it may have been met by the same."""
-
-    def channel_ready(self, channel: "Channel") -> None: ...
-    def channel_drained(self) -> None: ...
-    def channel_lost(self, kind: FailureKind = "reset", reason: str = "") -> None: ...
-    def connect_failed(self, kind: FailureKind, reason: str) -> None: ...
-    def refused(self, reply: Reply) -> None: ...
-    def informational(self, head: ResponseHead) -> None: ...
-    def response(
-        self, head: ResponseHead | None, body: bytes, *, ended: bool, trailers: Headers = ()
-    ) -> None: ...
-    def try_timed_out(self) -> None: ...
-
-
-class Channel(Pipe, Protocol):
-    """A connection to an endpoint, used by one attempt at a time."""
-
-    reused: bool
-    deadline: float
-
-    @property
-    def codec(self) -> ClientConnection: ...
-    def handed_to(self, attempt: Attempt) -> None:
-        """From now on it serves another attempt (a hedged one has won)."""
-
-    def set_deadline(self, deadline: float) -> None:
-        """When to call `try_timed_out`."""
-
-    def relay_begins(self, relay: Relay) -> None:
-        """From now on bytes go to the relay."""
-
-
-class Target(Protocol):
-    """Where the request goes: finds channels, and admits retries."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def watched(self) -> bool:
-        """Whether `responded` and `failed` want to be told."""
-
-    def acquire(self, attempt: Attempt, exchange: "Exchange") -> None:
-        """Calls `channel_ready`, `connect_failed` or `refused` on the attempt, at once or later."""
-
-    def release(self, attempt: Attempt, channel: Channel, *, reusable: bool) -> None:
-        """The attempt no longer uses the channel."""
-
-    def give_up(self, attempt: Attempt) -> None:
-        """The attempt no longer wants the channel that it asked for."""
-
-    def responded(self, attempt: Attempt, head: ResponseHead, sent_at: float) -> None:
-        """The attempt's endpoint has answered."""
-
-    def failed(self, attempt: Attempt, kind: FailureKind, sent_at: float) -> None:
-        """The attempt's endpoint has not answered."""
-
-    def take_retry(self) -> bool:
-        """Whether one more retry is admitted; `retry_ended` follows."""
-
-    def retry_ended(self) -> None:
-        """One that was admitted is over."""
-
-    def retrying(self, *, hedged: bool) -> None:
-        """A further try is being made, for the counters."""
-
-
-class Dispatcher(Protocol):
-    """Keeps the accounts; has the clock and the dice."""
-
-    @property
-    def reactor(self) -> Clock: ...
-    @property
-    def rng(self) -> random.Random: ...
-    def unix_time(self) -> float:
-        """Seconds since 1970."""
-
-    def finished(self, exchange: "Exchange") -> None:
-        """The exchange is over, exactly once."""
-
-
 class Exchange:
     """See the module. `forwarded` is the head as the endpoint gets it; `request` as it came.
 
@@ -194,9 +58,10 @@ class Exchange:
 
     __slots__ = (
         "_again", "_details", "_held", "_request_trailers", "_retained", "_retained_bytes", "_timer", "_waiting",
-        "attempts", "bytes_received", "bytes_sent", "caller", "channel", "chosen", "context", "decision", "dispatcher", "done",
-        "dress", "endpoint", "endpoint_host", "far", "flags", "forwarded", "hosts_tried", "idle_s", "mirrors", "probe",
-        "replayable", "reply_body", "request", "request_deadline", "request_ended", "request_ended_at", "request_hash",
+        "attempts", "bytes_received", "bytes_sent", "caller", "channel", "chosen", "context", "decision", "dispatcher",
+        "done", "dress", "endpoint", "endpoint_host", "far", "flags", "forwarded", "hosts_tried", "idle_s", "mirrors",
+        "probe", "replayable", "reply_body", "request", "request_deadline", "request_ended", "request_ended_at",
+        "request_hash",
         "request_timeout_s", "resets", "response_at", "response_head", "response_started", "retry", "route", "sent_at",
         "set_cookie", "started_at", "status", "target", "trailers", "tried", "upstream_failure",
     )  # fmt: skip

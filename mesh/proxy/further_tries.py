@@ -12,7 +12,8 @@ from mesh.proxy.replies import Reply
 from mesh.proxy.retry import FailureKind, RetryVerdict, hedge_verdict, retry_verdict
 
 if TYPE_CHECKING:
-    from mesh.proxy.exchange import Channel, Exchange, Timer
+    from mesh.proxy.exchange import Exchange
+    from mesh.proxy.parties import Channel, Timer
 
 
 class FurtherTries:
@@ -279,5 +280,3 @@ class HedgedTry:
         elif self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-

@@ -9,8 +9,9 @@ been buffered; here nothing is buffered for it.
 import msgspec
 
 from mesh.http.head import Headers, RequestHead, ResponseHead
-from mesh.proxy.exchange import Clock, Dispatcher, Exchange, Target
+from mesh.proxy.exchange import Exchange
 from mesh.proxy.faults import shadow_authority
+from mesh.proxy.parties import Clock, Dispatcher, Target
 from mesh.proxy.relay import Relay
 
 IN_FLIGHT_MAX = 256  # copies per listener; further ones are not made

@@ -18,6 +18,8 @@ from mesh.model.permission import Permission as Permission
 from mesh.proxy.balancing import check_policy
 from mesh.proxy.client_cert import ClientCertField, ForwardClientCert
 from mesh.proxy.hashing import compile_hash
+from mesh.proxy.retry import compile_retry
+from mesh.proxy.router import compile_routes
 from mesh.proxy.trace_context import TraceForm
 from mesh.traffic.policy import (
     LoadBalancing,
@@ -28,18 +30,23 @@ from mesh.traffic.policy import (
     RetryBudget,
     RetryPolicy,
 )
-from mesh.traffic.route import RouteTable
+from mesh.traffic.route import Forward, Redirect, RouteTable, Rule
 
 SidecarProtocol = Literal["tcp", "http"]
 
 CONNECT_TIMEOUT_S = 5.0  # Envoy's and Consul's default, TLS handshake included
 REQUEST_TIMEOUT_S = 15.0  # Envoy's route timeout: from the end of the request to the end of the response; 0 = none
 IDLE_TIMEOUT_S = 300.0  # no byte either way on an active exchange, Envoy's stream idle timeout
-CONNECTIONS_MAX = 1024  # Envoy's circuit breaker defaults, per endpoint here
+CONNECTIONS_MAX = 1024  # Envoy's circuit breaker defaults
 PENDING_REQUESTS_MAX = 1024
 REQUESTS_MAX = 1024
 RETRIES_MAX = 3
 LOCAL_APPLICATION = "local_app"  # the one target of an inbound listener, by Consul's name
+SECONDS_MAX = 366 * 86400.0  # of any duration: what is longer was meant as something else
+COUNT_MAX = 2**32
+KEEPALIVE_MAX_S = 32767.0  # Linux's
+PRIORITY_MAX = 128  # Envoy's
+RETRY_BUFFER_BYTES_MAX = 16 * 1024 * 1024
 SIDECARS_MAX = 4096
 ENDPOINTS_MAX = 65536
 
@@ -62,7 +69,7 @@ class EndpointConfig(msgspec.Struct, frozen=True):
 
 
 class LimitsConfig(msgspec.Struct, frozen=True):
-    """Circuit breakers, counted per endpoint (connections) and per target (pending, requests, retries)."""
+    """Circuit breakers, counted per target as in Envoy; an endpoint may always have one connection."""
 
     connections_max: int = CONNECTIONS_MAX
     pending_requests_max: int = PENDING_REQUESTS_MAX
@@ -206,36 +213,181 @@ def _check_unique(where: str, names: Iterable[object]) -> None:
         seen.add(name)
 
 
-def _check_balancing(where: str, policy: LoadBalancing) -> None:
+def _check_numbers(where: str, numbers: Iterable[tuple[str, float, float, float]]) -> None:
+    """(name, value, least, most) each; a value that is no number is outside of anything."""
+    for name, value, least, most in numbers:
+        if not least <= value <= most:
+            raise ConfigError(f"{where}: {name} {value:g} is outside {least:g} to {most:g}")
+
+
+def _check_rate_limit(where: str, policy: RateLimit | None) -> None:
+    if policy is not None:
+        _check_numbers(
+            f"{where}, rate limit",
+            (
+                ("tokens_max", policy.tokens_max, 1, COUNT_MAX),
+                ("tokens_per_fill", policy.tokens_per_fill, 1, COUNT_MAX),
+                ("fill_interval_s", policy.fill_interval_s, 0.001, SECONDS_MAX),
+                ("status", policy.status, 400, 599),
+                ("enforced_percent", policy.enforced_percent, 0, 100),
+            ),
+        )
+
+
+def _check_retry(where: str, policy: RetryPolicy | None) -> None:
+    if policy is None:
+        return
+    _check_numbers(
+        f"{where}, retries",
+        (
+            ("retries", policy.retries, 0, COUNT_MAX),
+            ("per_try_timeout_s", policy.per_try_timeout_s, 0, SECONDS_MAX),
+            ("backoff_base_s", policy.backoff_base_s, 0, SECONDS_MAX),
+            ("backoff_max_s", policy.backoff_max_s, 0, SECONDS_MAX),
+            ("buffer_bytes_max", policy.buffer_bytes_max, 0, RETRY_BUFFER_BYTES_MAX),
+        ),
+    )
+    compile_retry(policy)
+
+
+def _check_health(where: str, target: TargetConfig) -> None:
+    outlier, probation, budget = target.outlier, target.probation, target.retry_budget
+    if outlier is not None:
+        names = [name for name in outlier.__struct_fields__ if name.startswith("enforcing_")]
+        _check_numbers(
+            f"{where}, outlier detection",
+            (
+                ("interval_s", outlier.interval_s, 0.001, SECONDS_MAX),
+                ("base_ejection_time_s", outlier.base_ejection_time_s, 0, SECONDS_MAX),
+                ("max_ejection_time_s", outlier.max_ejection_time_s, 0, SECONDS_MAX),
+                ("max_ejection_percent", outlier.max_ejection_percent, 0, 100),
+                *((name, getattr(outlier, name), 0, 100) for name in names),
+            ),
+        )
+    if probation is not None:
+        _check_numbers(
+            f"{where}, probation",
+            (
+                ("failures", probation.failures, 0, COUNT_MAX),
+                ("penalty_min_s", probation.penalty_min_s, 0.001, SECONDS_MAX),
+                ("penalty_max_s", probation.penalty_max_s, probation.penalty_min_s, SECONDS_MAX),
+                ("success_rate_min", probation.success_rate_min, 0, 1),
+            ),
+        )
+    if budget is not None:
+        _check_numbers(
+            f"{where}, retry budget",
+            (
+                ("percent", budget.percent, 0, 100),
+                ("min_concurrency", budget.min_concurrency, 0, COUNT_MAX),
+                ("ratio", budget.ratio, 0, 1000),
+                ("min_retries_per_s", budget.min_retries_per_s, 0, COUNT_MAX),
+                ("ttl_s", budget.ttl_s, 1, 60),
+            ),
+        )
+
+
+def _check_target(where: str, target: TargetConfig) -> None:
+    if not target.expected_spiffe_ids and not target.plain:
+        raise ConfigError(f"{where}: no SPIFFE ID is expected, so no server could be accepted")
+    limits, pool = target.limits, target.pool
+    _check_numbers(
+        where,
+        (
+            ("the number of endpoints", len(target.endpoints), 0, ENDPOINTS_MAX),
+            ("connect_timeout_s", target.connect_timeout_s, 0.001, SECONDS_MAX),
+            ("request_timeout_s", target.request_timeout_s, 0, SECONDS_MAX),
+            ("connections_max", limits.connections_max, 0, COUNT_MAX),
+            ("pending_requests_max", limits.pending_requests_max, 0, COUNT_MAX),
+            ("requests_max", limits.requests_max, 0, COUNT_MAX),
+            ("retries_max", limits.retries_max, 0, COUNT_MAX),
+            ("pool requests_max", pool.requests_max, 0, COUNT_MAX),
+            ("pool age_max_s", pool.age_max_s, 0, SECONDS_MAX),
+            ("pool idle_timeout_s", pool.idle_timeout_s, 0, SECONDS_MAX),
+            ("pool keepalive_s", pool.keepalive_s, 0, KEEPALIVE_MAX_S),
+        ),
+    )
+    _check_retry(where, target.retry)
+    _check_health(where, target)
     try:
-        check_policy(policy)
-        if policy.hash_policies:
-            compile_hash(policy.hash_policies, random.Random(0))
+        check_policy(target.load_balancing)
+        if target.load_balancing.hash_policies:
+            compile_hash(target.load_balancing.hash_policies, random.Random(0))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+    _check_unique(f"{where}, endpoint id", (endpoint.id for endpoint in target.endpoints))
+    for endpoint in target.endpoints:
+        _check_address(f"{where}, endpoint {endpoint.id}", endpoint.address, endpoint.port)
+        _check_numbers(
+            f"{where}, endpoint {endpoint.id}",
+            (("weight", endpoint.weight, 1, COUNT_MAX), ("priority", endpoint.priority, 0, PRIORITY_MAX)),
+        )
+
+
+def _check_routes(
+    where: str, table: RouteTable, targets: frozenset[str], default: str, sidecar: SidecarConfig | None, port: int
+) -> None:
+    """`sidecar` is the caller's, None on the callee's side."""
+    try:
+        if sidecar is None:
+            compile_routes(table, default, None, None, port)
+        else:
+            compile_routes(table, default, sidecar.service, sidecar.service_metadata, port)
+        for host in table.hosts:
+            for position, rule in enumerate(host.rules):
+                at = f"host {host.name or host.domains[0]!r}, rule {rule.name or position}"
+                _check_rule(at, rule, targets)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _check_rule(where: str, rule: Rule, targets: frozenset[str]) -> None:
+    wanted = [mirror.target for mirror in rule.mirrors]
+    if isinstance(rule.action, Forward):
+        wanted += [weighted.target for weighted in rule.action.targets]
+    else:
+        status = rule.action.status
+        least, most = (300, 399) if isinstance(rule.action, Redirect) else (200, 599)
+        _check_numbers(where, (("status", status, least, most),))
+    for name in wanted:
+        if name not in targets:
+            raise ConfigError(f"{where}: the listener has no target named {name}")
+    timeouts, delay, abort = rule.timeouts, rule.delay, rule.abort
+    _check_numbers(where, [("mirror percent", mirror.percent, 0, 100) for mirror in rule.mirrors])
+    _check_numbers(
+        where,
+        (
+            ("request_s", timeouts.request_s or 0, 0, SECONDS_MAX),
+            ("idle_s", timeouts.idle_s or 0, 0, SECONDS_MAX),
+            *((("delay_s", delay.delay_s, 0, SECONDS_MAX), ("delay percent", delay.percent, 0, 100)) if delay else ()),
+            *((("abort status", abort.status, 200, 599), ("abort percent", abort.percent, 0, 100)) if abort else ()),
+        ),
+    )
+    _check_retry(where, rule.retry)
+    _check_rate_limit(where, rule.rate_limit)
 
 
 def _check_sidecar(sidecar: SidecarConfig) -> None:
     where = f"sidecar {sidecar.proxy_id}"
     if not sidecar.certificate_chain_pem or not sidecar.private_key_pem or not sidecar.trust_roots_pem:
         raise ConfigError(f"{where}: it has no certificate, key or trust roots")
-    if sidecar.inbound is not None:
-        _check_address(f"{where}, inbound", sidecar.inbound.bind_address, sidecar.inbound.bind_port)
-        _check_address(f"{where}, local application", sidecar.inbound.local_address, sidecar.inbound.local_port)
+    inbound = sidecar.inbound
+    if inbound is not None:
+        _check_address(f"{where}, inbound", inbound.bind_address, inbound.bind_port)
+        _check_address(f"{where}, local application", inbound.local_address, inbound.local_port)
+        _check_rate_limit(f"{where}, inbound", inbound.rate_limit)
+        local = frozenset((LOCAL_APPLICATION,))
+        _check_routes(f"{where}, inbound", inbound.routes, local, LOCAL_APPLICATION, None, inbound.bind_port)
     for listener in sidecar.outbound:
         outbound = f"{where}, outbound to {listener.target.name}"
         _check_address(outbound, listener.bind_address, listener.bind_port)
-        for target in (listener.target, *listener.targets):
-            _check_balancing(f"{where}, target {target.name}", target.load_balancing)
-        if not listener.target.expected_spiffe_ids:
-            raise ConfigError(f"{outbound}: no SPIFFE ID is expected, so no server could be accepted")
-        if len(listener.target.endpoints) > ENDPOINTS_MAX:
-            raise ConfigError(f"{outbound}: more than {ENDPOINTS_MAX} endpoints")
-        _check_unique(f"{outbound}, endpoint id", (endpoint.id for endpoint in listener.target.endpoints))
-        for endpoint in listener.target.endpoints:
-            _check_address(f"{outbound}, endpoint {endpoint.id}", endpoint.address, endpoint.port)
-            if endpoint.weight < 1:
-                raise ConfigError(f"{outbound}, endpoint {endpoint.id}: weight {endpoint.weight} is below 1")
+        _check_rate_limit(outbound, listener.rate_limit)
+        targets = (listener.target, *listener.targets)
+        _check_unique(f"{outbound}, target", (target.name for target in targets))
+        for target in targets:
+            _check_target(f"{where}, target {target.name}", target)
+        names = frozenset(target.name for target in targets)
+        _check_routes(outbound, listener.routes, names, listener.target.name, sidecar, listener.bind_port)
 
 
 def check(config: WorkerConfig) -> None:

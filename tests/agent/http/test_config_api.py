@@ -63,7 +63,8 @@ async def test_durations_have_the_form_that_go_clients_decode(api):
     await api.put("/v1/config", {"Kind": "service-router", "Name": "web"} | router)
     (route,) = (await api.get("/v1/config/service-router/web")).json()["Routes"]
     assert route["Destination"] == {"RequestTimeout": "2s", "IdleTimeout": "1m0s"}
-    policy = {"Policy": "maglev", "HashPolicies": [{"Field": "cookie", "FieldValue": "s", "CookieConfig": {"ttl": "1m"}}]}
+    hashed = {"Field": "cookie", "FieldValue": "s", "CookieConfig": {"ttl": "1m"}}
+    policy = {"Policy": "maglev", "HashPolicies": [hashed]}
     await api.put("/v1/config", {"Kind": "service-resolver", "Name": "web", "LoadBalancer": policy})
     entry = (await api.get("/v1/config/service-resolver/web")).json()
     assert entry["LoadBalancer"]["HashPolicies"][0]["CookieConfig"] == {"TTL": 60_000_000_000}

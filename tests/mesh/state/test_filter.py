@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import InvalidRequest
-from mesh.state.filter import DEPTH_MAX, EXPRESSION_CHARS_MAX, Filter
 from mesh.model.pattern import Pattern
+from mesh.state.filter import DEPTH_MAX, EXPRESSION_CHARS_MAX, Filter
 
 VALUE = {
     "ID": "web-1",
