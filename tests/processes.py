@@ -88,6 +88,8 @@ class AgentProcess:
         command = [sys.executable, "-m", "agent", "agent", f"-node={self.name}", "-dns-port=-1"]
         command += [f"-bind={self.address}", f"-client={self.address}"]
         command += ["-dev"] if "-dev" in self.flags else [f"-data-dir={self.data_dir}"]
+        if not any(flag.startswith("-proxy-workers") for flag in self.flags):
+            command.append("-proxy-workers=2")  # whatever machine this is
         command += [*(flag for flag in self.flags if flag != "-dev"), *more]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(

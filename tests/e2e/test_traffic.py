@@ -126,6 +126,19 @@ def test_an_instance_that_leaves_in_order_costs_no_request(world, load):
     world.register()
 
 
+def test_an_agent_that_leaves_costs_no_request_and_its_own_host_still_calls_others(world, load):
+    other = world.cluster.clients[1]
+    for agent, waits in ((other, ("c1",)), (world.web, ())):
+        assert agent.stop() == 0
+        if waits:
+            load.wait(100)
+            assert load.failures == []
+        assert world.ask()[0] == 200  # the worker of the host that left is on its own now, outbound last
+        agent.start()
+        agent.wait_ready()
+        world.wait_instances("c1", "c2")
+
+
 def test_a_killed_agents_worker_serves_on_and_the_next_agent_takes_it_over(world, load, stream):
     agent, worker = world.web, world.web.worker_pid()
     agent.kill()
