@@ -26,6 +26,8 @@ from mesh.traffic.policy import LoadBalancing, PoolPolicy
 
 _NEVER = float("inf")
 
+FAILURE_EWMA_S = 5.0  # what a failed try counts as, in the peak EWMA of its endpoint
+
 
 class Target:
     """The endpoints behind one name. `update` swaps them; what is in flight keeps what it has.
@@ -225,8 +227,9 @@ class Target:
         if not isinstance(endpoint, Endpoint):
             return
         now = self.reactor.now
-        if endpoint.ewma is not None and sent_at:
-            endpoint.ewma.observe(now - sent_at, now)
+        if endpoint.ewma is not None:
+            # One that refuses connections must not look fast: Linkerd's penalty.
+            endpoint.ewma.observe(max(FAILURE_EWMA_S, now - sent_at if sent_at else 0.0), now)
         if endpoint.record is not None:
             endpoint.record.failed(kind, now)
         gate = endpoint.gate

@@ -30,7 +30,8 @@ from mesh.traffic.policy import (
     RetryBudget,
     RetryPolicy,
 )
-from mesh.traffic.route import Forward, Redirect, RouteTable, Rule
+from mesh.traffic.route import RouteTable
+from mesh.traffic.validation import check_routes
 
 SidecarProtocol = Literal["tcp", "http"]
 
@@ -329,42 +330,13 @@ def _check_routes(
 ) -> None:
     """`sidecar` is the caller's, None on the callee's side."""
     try:
+        check_routes(table, targets)
         if sidecar is None:
             compile_routes(table, default, None, None, port)
         else:
             compile_routes(table, default, sidecar.service, sidecar.service_metadata, port)
-        for host in table.hosts:
-            for position, rule in enumerate(host.rules):
-                at = f"host {host.name or host.domains[0]!r}, rule {rule.name or position}"
-                _check_rule(at, rule, targets)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-
-
-def _check_rule(where: str, rule: Rule, targets: frozenset[str]) -> None:
-    wanted = [mirror.target for mirror in rule.mirrors]
-    if isinstance(rule.action, Forward):
-        wanted += [weighted.target for weighted in rule.action.targets]
-    else:
-        status = rule.action.status
-        least, most = (300, 399) if isinstance(rule.action, Redirect) else (200, 599)
-        _check_numbers(where, (("status", status, least, most),))
-    for name in wanted:
-        if name not in targets:
-            raise ConfigError(f"{where}: the listener has no target named {name}")
-    timeouts, delay, abort = rule.timeouts, rule.delay, rule.abort
-    _check_numbers(where, [("mirror percent", mirror.percent, 0, 100) for mirror in rule.mirrors])
-    _check_numbers(
-        where,
-        (
-            ("request_s", timeouts.request_s or 0, 0, SECONDS_MAX),
-            ("idle_s", timeouts.idle_s or 0, 0, SECONDS_MAX),
-            *((("delay_s", delay.delay_s, 0, SECONDS_MAX), ("delay percent", delay.percent, 0, 100)) if delay else ()),
-            *((("abort status", abort.status, 200, 599), ("abort percent", abort.percent, 0, 100)) if abort else ()),
-        ),
-    )
-    _check_retry(where, rule.retry)
-    _check_rate_limit(where, rule.rate_limit)
 
 
 def _check_sidecar(sidecar: SidecarConfig) -> None:

@@ -17,6 +17,7 @@ from mesh.traffic.neutral import SERVICE_TRAFFIC, ServiceTraffic, TargetPolicy, 
 from mesh.traffic.policy import LoadBalancing, RetryCondition, RetryPolicy, Timeouts
 from mesh.traffic.resolver import load_balancing
 from mesh.traffic.route import Forward, HeaderEdits, RouteTable, Rule, VirtualHost, WeightedTarget
+from mesh.traffic.validation import check_routes
 
 Entries = Mapping[tuple[str, str], ConfigEntry]  # by kind and name
 
@@ -116,6 +117,7 @@ class _Compiler:
         for name in target_names(neutral.routes):
             subset, _dot, service = name.rpartition(".")
             self._targets[name] = msgspec.structs.replace(self._targets[self._resolve(service, subset)], name=name)
+        check_routes(neutral.routes, self._targets.keys())
         others = tuple(target for name, target in sorted(self._targets.items()) if name != first.name)
         return Chain(self._service, self._protocol, first, others, neutral.routes, neutral.targets)
 
