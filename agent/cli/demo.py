@@ -218,6 +218,7 @@ class Demo:
             "data_dir": str(self._folder / agent.name),
             "bind_addr": "127.0.0.1",
             "log_level": "INFO",
+            "proxy_workers": 1,  # five agents share this machine
             "retry_join": [f"127.0.0.1:{self._agents[_SERVERS[0]].serf_port}"],
             "retry_interval": "1s",
             "ports": {
