@@ -66,6 +66,31 @@ def test_every_flip_of_an_intention_takes_effect(world):
     assert world.web.request("DELETE", "/v1/connect/intentions/exact?source=web&destination=api")[0] == 200
 
 
+def test_routes_of_config_entries_take_effect_and_their_removal_restores(world, load):
+    """A neutral route with an answer of its own, and a split to a subset that a filter selects."""
+    agent = world.web
+    teapot = {
+        "matches": [{"path": {"kind": "segment", "value": "/teapot"}}],
+        "action": {"type": "DirectResponse", "status": 418, "body": "short and stout"},
+    }
+    rest = {"action": {"type": "Forward", "targets": [{"target": "api"}]}}
+    entry = {"Kind": "service-traffic", "Name": "api", "Traffic": {"routes": {"hosts": [{"rules": [teapot, rest]}]}}}
+    agent.put("/v1/config", entry)
+    wait_until(lambda: get(agent.address, TO_API, path="/teapot/x") == (418, b"short and stout"))
+    assert agent.request("DELETE", "/v1/config/service-traffic/api")[0] == 200
+    wait_until(lambda: get(agent.address, TO_API, path="/teapot/x")[0] == 200)
+
+    subsets = {"only": {"Filter": 'Node.Node == "c2"'}}
+    agent.put("/v1/config", {"Kind": "service-resolver", "Name": "api", "Subsets": subsets})
+    splits = [{"Weight": 100, "ServiceSubset": "only"}]
+    agent.put("/v1/config", {"Kind": "service-splitter", "Name": "api", "Splits": splits})
+    world.wait_instances("c2")
+    assert agent.request("DELETE", "/v1/config/service-splitter/api")[0] == 200
+    assert agent.request("DELETE", "/v1/config/service-resolver/api")[0] == 200
+    world.wait_instances("c1", "c2")
+    assert load.failures == []
+
+
 def test_a_deny_closes_matching_streams_and_leaves_other_traffic_alone(world, load, stream):
     world.cluster.clients[1].intend("web", "echo", "deny")
     assert stream.at_end()
