@@ -47,7 +47,7 @@ class Target:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     settings = {"telemetry": {"prometheus_retention_time": "60s"}}
-    with meshed(tmp_path_factory.mktemp("bad"), clients=1, settings=settings) as made:
+    with meshed(tmp_path_factory.mktemp("bad"), "-proxy-workers=1", clients=1, settings=settings) as made:
         proxy = {"config": {"max_inbound_connections": SIDECAR_CONNECTIONS_MAX}}
         made.web.register("api", 8080, sidecar_port=API_SIDECAR_PORT, proxy=proxy)
         made.wait_instances("c1")
