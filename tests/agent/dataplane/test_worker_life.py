@@ -283,7 +283,7 @@ def test_endpoints_may_have_names(pair):
 def accepts(address, port):
     try:
         socket.create_connection((address, port), 5).close()
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):  # reset: it closed while we were connecting
         return False
     return True
 
