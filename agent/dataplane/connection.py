@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from agent.dataplane.reactor import HANG_UP, READABLE, WRITABLE, Reactor, Timer
 
-READ_BYTES = 64 * 1024  # per connection and turn, so that one busy connection cannot starve the rest
+READ_BYTES = 128 * 1024  # per connection and turn, so that one busy connection cannot starve the rest
 WRITE_BYTES_HIGH = 256 * 1024  # above it, whoever produces for this connection stops reading
 WRITE_BYTES_LOW = 64 * 1024  # below it, they go on
 HANDSHAKE_TIMEOUT_S = 10.0
