@@ -25,6 +25,7 @@ from agent.membership import parse_server
 from agent.runtime import Runtime
 from agent.sidecars import SidecarManager, Tracing
 from agent.synchronizer import Synchronizer
+from agent.upstream_render import locality_of
 from agent.version import CONSUL_API_VERSION
 from mesh.errors import ConfigError, MeshError
 from mesh.gossip.events import GossipEvent, MemberJoined
@@ -124,6 +125,7 @@ class Host:
             datacenter=config.datacenter,
             bind_address=config.bind_address,
             default_allow=config.default_intention_policy == "allow",
+            locality=locality_of(config.node_meta),
             tracing=tracing_from_environment(),
         )
         self.traffic = TrafficMemory(self.supervisor)

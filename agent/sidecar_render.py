@@ -56,6 +56,7 @@ class SidecarFacts:
     intentions: tuple[Intention, ...]
     entries: Entries
     upstreams: Mapping[str, UpstreamFacts]
+    locality: str = ""
 
     @property
     def service_defaults(self) -> ConfigEntry | None:
@@ -93,6 +94,7 @@ def render(facts: SidecarFacts, former: SidecarConfig | None = None) -> Rendered
         trust_roots_pem=tuple(root.root_cert_pem for root in facts.roots.roots),
         inbound=_inbound(facts, proxy, warnings),
         outbound=_outbound(facts, proxy, former, warnings),
+        locality=facts.locality,
         service_metadata=tuple(sorted(facts.service.meta.items())),
         access_log=access_log(facts.proxy_defaults, warnings),
     )

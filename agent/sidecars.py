@@ -156,6 +156,7 @@ class SidecarManager:
         datacenter: str,
         bind_address: str,
         default_allow: bool,
+        locality: str = "",
         tracing: Tracing = Tracing(),
     ) -> None:
         """`bind_address`: where public listeners bind unless a proxy's configuration says otherwise."""
@@ -165,6 +166,7 @@ class SidecarManager:
         self._supervisor = supervisor
         self._rng = runtime.random_source("sidecars")
         self._datacenter = datacenter
+        self._locality = locality
         self._bind_address = bind_address
         self._default_allow = default_allow
         self._tracing = tracing
@@ -392,6 +394,7 @@ class SidecarManager:
             private_key_pem=leaf.private_key_pem,
             intentions=self._value(_intentions(destination), ()),
             entries=self._chains.entries,
+            locality=self._locality,
             upstreams=upstreams,
         )
 

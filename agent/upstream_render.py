@@ -190,7 +190,6 @@ class _Settings:
 def _endpoint(row: ServiceHealth, name: str, address: str, priority: int, *, only_passing: bool) -> EndpointConfig:
     status = row.status
     weights = row.service.weights
-    region, zone = row.node.meta.get("region", ""), row.node.meta.get("zone", "")
     return EndpointConfig(
         id=name,
         address=address,
@@ -198,9 +197,15 @@ def _endpoint(row: ServiceHealth, name: str, address: str, priority: int, *, onl
         weight=max(1, weights.warning if status == "warning" else weights.passing),
         healthy=status == "passing" or (status == "warning" and not only_passing),
         priority=priority,
-        locality=f"{region}/{zone}" if zone else region,
+        locality=locality_of(row.node.meta),
         metadata=tuple(sorted(row.service.meta.items())),
     )
+
+
+def locality_of(node_meta: Mapping[str, str]) -> str:
+    """`region/zone`, `region`, or empty: the catalog has no field for it, so nodes say it in their metadata."""
+    region, zone = node_meta.get("region", ""), node_meta.get("zone", "")
+    return f"{region}/{zone}" if region and zone else region
 
 
 def _filterable(row: ServiceHealth, datacenter: str) -> dict[str, object]:

@@ -204,3 +204,13 @@ def test_paths_are_normalised_as_the_mesh_entry_says():
     assert of(PathWithEscapedSlashesAction="UNESCAPE_AND_FORWARD") == (PathPolicy(escaped_slashes="unescape"), 0)
     assert of(PathWithEscapedSlashesAction="WHATEVER") == (PathPolicy(escaped_slashes="reject"), 1)
     assert of(InsecureDisablePathNormalization=True, HeadersWithUnderscoresAction="DROP_HEADER") == (PathPolicy(), 2)
+
+
+def test_localities_are_what_nodes_say_in_their_metadata():
+    rows = tuple(
+        ServiceHealth(Node(name, "10.0.0.1", meta=meta), Service("p", name, port=1), ())
+        for name, meta in (("a", {"region": "eu", "zone": "1"}), ("b", {"region": "eu"}), ("c", {"zone": "1"}))
+    )
+    config = render(facts(upstreams={"api": UpstreamFacts(API, {"api": rows})}, locality="eu/1")).config
+    assert config.locality == "eu/1"
+    assert [one.locality for one in config.outbound[0].target.endpoints] == ["eu/1", "eu", ""]
